@@ -1,0 +1,61 @@
+# make bench | test | lint | docs | wheel | step : each makes the environment that it needs.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+OLD_TORCH ?= torch==2.13.0
+VENV ?= .venv
+ABI_VENV ?= .venv-abi
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -type f)
+
+.PHONY: bench test test-abi lint format docs wheel step clean
+
+bench: $(VENV)/ready
+	$(BIN)/python -m bench run --out runs
+	$(BIN)/python -m bench report runs --html runs/report.html
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+step: $(VENV)/peers
+	$(BIN)/python -m bench.step --md
+
+# The wheel that was built against one torch, in an environment with another.
+test-abi: wheel $(ABI_VENV)/ready
+	$(ABI_VENV)/bin/pip install -q --no-deps --force-reinstall dist/optimzoo-*.whl
+	cd tests && ../$(ABI_VENV)/bin/pytest -o pythonpath=. test_native.py test_backends.py
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+docs: $(VENV)/ready
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+
+wheel: $(VENV)/ready
+	rm -rf build dist
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+$(VENV)/ready: setup.cfg pyproject.toml optimzoo/_build.py $(CSRC)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH) 'setuptools>=77'
+	$(BIN)/pip install -q --no-build-isolation -e '.[bench,test,lint,docs]'
+	touch $@
+
+$(VENV)/peers: $(VENV)/ready
+	$(BIN)/pip install -q -e '.[peers]' --no-build-isolation
+	touch $@
+
+$(ABI_VENV)/ready: setup.cfg
+	test -x $(ABI_VENV)/bin/python || $(PYTHON) -m venv $(ABI_VENV)
+	$(ABI_VENV)/bin/pip install -q $(OLD_TORCH) numpy pytest hypothesis
+	touch $@
+
+clean:
+	rm -rf build dist runs docs/_build optimzoo/*.so

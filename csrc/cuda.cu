@@ -1,0 +1,250 @@
+// The step on a CUDA device. One launch serves many tensors: their table is the kernel's argument, and every block
+// finds its tensor there. Nothing is allocated and nothing is read back, so that a CUDA graph can hold the step.
+#include <cuda_runtime.h>
+
+#include "fused.h"
+
+namespace optimzoo {
+
+constexpr int threads = 256;
+constexpr int64_t chunk = 16 * 1024;  // elements of one block
+
+// Kernel arguments end at 4 KB where older drivers are to be served; the scalars below need less than 256 bytes.
+constexpr size_t table_bytes = 3840;
+
+template <int N>
+struct Table {
+  struct Entry {
+    Item<N> item;
+    unsigned end;  // the first block that is not this tensor's
+    bool aligned;  // all of its arrays start at a multiple of 16 bytes
+  };
+  static constexpr int capacity = (table_bytes - sizeof(int)) / sizeof(Entry);
+  Entry entries[capacity];
+  int size;
+};
+
+template <int H>
+struct Scalars {
+  double lr, hyper[H], weight_decay;
+  const void* device_lr;  // instead of lr, where it lives on the device
+  Dtype lr_dtype;
+  bool decoupled_weight_decay, fixed_decay, maximize;
+  const float *grad_scale, *found_inf;
+};
+
+// Rules count from one, and a step that must not happen does not count.
+template <int N>
+__global__ void __launch_bounds__(threads) advance(const Table<N> table, const float* found_inf) {
+  if (found_inf != nullptr && *found_inf != 0) return;
+  const int i = blockIdx.x * threads + threadIdx.x;
+  if (i < table.size) *table.entries[i].item.step += 1;
+}
+
+// Neighbouring elements, moved by accesses of 16 bytes. Loads become that by themselves; stores of values that were
+// just computed one by one do not, so that __stwb spells them out.
+template <typename E, int size>
+struct Pack {
+  static constexpr int per_piece = size * sizeof(E) > 16 ? 16 / sizeof(E) : size;
+  struct alignas(per_piece * sizeof(E)) Piece {
+    E values[per_piece];
+  };
+  Piece pieces[size / per_piece];
+
+  OZ_FN E& operator[](int i) { return pieces[i / per_piece].values[i % per_piece]; }
+
+  OZ_FN static Pack load(const void* array, int64_t index) {
+    Pack pack;
+    const auto* from = reinterpret_cast<const Piece*>(static_cast<const E*>(array) + index);
+    OZ_UNROLL
+    for (int i = 0; i < size / per_piece; ++i) pack.pieces[i] = from[i];
+    return pack;
+  }
+
+  OZ_FN void store(void* array, int64_t index) const {
+    auto* to = reinterpret_cast<Piece*>(static_cast<E*>(array) + index);
+    OZ_UNROLL
+    for (int i = 0; i < size / per_piece; ++i) {
+      if constexpr (sizeof(Piece) == 16) {
+        uint4 word;
+        memcpy(&word, pieces + i, 16);
+        __stwb(reinterpret_cast<uint4*>(to) + i, word);
+      } else {
+        to[i] = pieces[i];
+      }
+    }
+  }
+};
+
+// What one block needs to know of its tensor; the bias corrections in it cost two powers in double, so that one thread
+// works them out for all.
+template <template <typename> class Rule, typename T>
+struct Shared {
+  Rule<T> rule;
+  Prologue<T> prologue;
+};
+
+template <int size, bool coupled, template <typename> class Rule, typename P, typename T, size_t... S>
+OZ_FN void update(const Shared<Rule, T>& shared, const Item<sizeof...(S)>& item, int64_t index,
+                  std::index_sequence<S...>) {
+  auto param = Pack<P, size>::load(item.param, index);
+  auto grad = Pack<P, size>::load(item.grad, index);
+  Pack<T, size> states[] = {Pack<T, size>::load(item.states[S], index)...};
+  OZ_UNROLL
+  for (int i = 0; i < size; ++i) {
+    T p = static_cast<T>(param[i]), g = static_cast<T>(grad[i]);
+    shared.prologue.template apply<coupled>(p, g);
+    shared.rule(p, g, states[S][i]...);
+    param[i] = static_cast<P>(p);
+  }
+  param.store(item.param, index);
+  (states[S].store(item.states[S], index), ...);
+}
+
+template <bool coupled, template <typename> class Rule, typename P, typename T>
+__global__ void __launch_bounds__(threads, 2)  // left alone, the compiler spills to fit three blocks
+    step_kernel(const Table<num_states<Rule>> table, const Scalars<num_hyper<Rule>> scalars) {
+  if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
+  int i = 0;
+  while (blockIdx.x >= table.entries[i].end) ++i;
+  const auto& entry = table.entries[i];
+
+  alignas(Shared<Rule, T>) __shared__ unsigned char storage[sizeof(Shared<Rule, T>)];
+  auto& shared = *reinterpret_cast<Shared<Rule, T>*>(storage);
+  if (threadIdx.x == 0) {
+    double lr = scalars.lr;
+    if (scalars.device_lr != nullptr)
+      lr = scalars.lr_dtype == Dtype::f64 ? *static_cast<const double*>(scalars.device_lr)
+                                          : *static_cast<const float*>(scalars.device_lr);
+    const double factor =
+        (scalars.maximize ? -1. : 1.) / (scalars.grad_scale != nullptr ? double(*scalars.grad_scale) : 1.);
+    const double keep = Call<Rule>::keep(lr, scalars.weight_decay, scalars.decoupled_weight_decay, scalars.fixed_decay);
+    new (storage)
+        Shared<Rule, T>{Rule<T>(lr, scalars.hyper, *entry.item.step), {T(factor), T(scalars.weight_decay), T(keep)}};
+  }
+  __syncthreads();
+
+  constexpr auto states = std::make_index_sequence<num_states<Rule>>();
+  constexpr int width = 16 / sizeof(P);
+  const int64_t begin = (blockIdx.x - (i == 0 ? 0 : table.entries[i - 1].end)) * chunk;
+  const int64_t end = begin + chunk < entry.item.numel ? begin + chunk : entry.item.numel;
+  const int64_t packed = entry.aligned ? begin + (end - begin) / width * width : begin;
+  for (int64_t index = begin + threadIdx.x * width; index < packed; index += threads * width)
+    update<width, coupled, Rule, P, T>(shared, entry.item, index, states);
+  for (int64_t index = packed + threadIdx.x; index < end; index += threads)
+    update<1, coupled, Rule, P, T>(shared, entry.item, index, states);
+}
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));
+}
+
+template <typename... Params, typename... Args>
+void launch(unsigned blocks, cudaStream_t stream, void (*kernel)(Params...), const Args&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// Launches over as many tensors of one dtype as fit into a table.
+template <template <typename> class Rule>
+class Launcher {
+ public:
+  static constexpr int N = num_states<Rule>, H = num_hyper<Rule>;
+
+  Launcher(Dtype dtype, bool coupled, const Scalars<H>& scalars, cudaStream_t stream)
+      : dtype_(dtype), coupled_(coupled), scalars_(scalars), stream_(stream) {}
+
+  void add(const Item<N>& item) {
+    if (item.numel == 0) return empty(item);
+    uintptr_t bits = reinterpret_cast<uintptr_t>(item.param) | reinterpret_cast<uintptr_t>(item.grad);
+    for (const void* state : item.states) bits |= reinterpret_cast<uintptr_t>(state);
+    blocks_ += static_cast<unsigned>((item.numel + chunk - 1) / chunk);
+    table_.entries[table_.size++] = {item, blocks_, bits % 16 == 0};
+    if (table_.size == Table<N>::capacity) flush();
+  }
+
+  void flush() {
+    if (table_.size == 0) return;
+    launch((table_.size + threads - 1) / threads, stream_, advance<N>, table_, scalars_.found_inf);
+    if (blocks_ > 0)
+      with_dtype(dtype_, [&](auto p, auto t) {
+        using P = decltype(p);
+        using T = decltype(t);
+        if (coupled_)
+          launch(blocks_, stream_, step_kernel<true, Rule, P, T>, table_, scalars_);
+        else
+          launch(blocks_, stream_, step_kernel<false, Rule, P, T>, table_, scalars_);
+      });
+    table_.size = 0;
+    blocks_ = 0;
+  }
+
+ private:
+  // Its step counts all the same; it owns no block.
+  void empty(const Item<N>& item) {
+    table_.entries[table_.size++] = {item, blocks_, false};
+    if (table_.size == Table<N>::capacity) flush();
+  }
+
+  Table<N> table_ = {};
+  unsigned blocks_ = 0;
+  Dtype dtype_;
+  bool coupled_;
+  Scalars<H> scalars_;
+  cudaStream_t stream_;
+};
+
+inline const float* device_scalar(const char* name, const Handle& tensor, int32_t device_type) {
+  if (!tensor) return nullptr;
+  const Facts facts(tensor.get());
+  if (facts.device_type != device_type || facts.dtype != Dtype::f32)
+    fail(name, " must be a float32 tensor on the device of the parameters");
+  return static_cast<const float*>(facts.data);
+}
+
+template <template <typename> class Rule>
+void fused(StableIValue* stack, uint64_t, uint64_t) {
+  static const int32_t cuda = aoti_torch_device_type_cuda();
+  const Call<Rule> call(stack, cuda);
+  if (call.items.empty()) return;
+
+  CUDAGuardHandle guard;
+  aoti_torch_create_cuda_guard(call.device_index, &guard);
+  const std::unique_ptr<CUDAGuardOpaque, AOTITorchError (*)(CUDAGuardHandle)> restore(guard,
+                                                                                      aoti_torch_delete_cuda_guard);
+  void* stream = nullptr;
+  aoti_torch_get_current_cuda_stream(call.device_index, &stream);
+
+  Scalars<num_hyper<Rule>> scalars = {};
+  const Facts lr(call.lr.get());
+  if (lr.device_type == cuda) {
+    if (lr.dtype != Dtype::f32 && lr.dtype != Dtype::f64) fail("lr on the device must be float32 or float64");
+    scalars.device_lr = lr.data;
+    scalars.lr_dtype = lr.dtype;
+  } else {
+    with_dtype(lr.dtype, [&](auto p, auto) { scalars.lr = *static_cast<const decltype(p)*>(lr.data); });
+  }
+  std::copy(std::begin(call.hyper), std::end(call.hyper), scalars.hyper);
+  scalars.weight_decay = call.weight_decay;
+  scalars.decoupled_weight_decay = call.decoupled_weight_decay;
+  scalars.fixed_decay = call.fixed_decay;
+  scalars.maximize = call.maximize;
+  scalars.grad_scale = device_scalar("grad_scale", call.grad_scale, cuda);
+  scalars.found_inf = device_scalar("found_inf", call.found_inf, cuda);
+
+  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+    Launcher<Rule> launcher(dtype, call.coupled(), scalars, static_cast<cudaStream_t>(stream));
+    for (const auto& item : call.items)
+      if (item.dtype == dtype) launcher.add(item);
+    launcher.flush();
+  }
+}
+
+}  // namespace optimzoo
+
+#define OZ_RULE(Rule) \
+  STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, OZ_CUDA, m) { m.impl(op_name<Rule>().c_str(), &fused<Rule>); }
+#include "rules.h"

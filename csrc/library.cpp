@@ -1,0 +1,11 @@
+// The ops' schemas.
+#include "fused.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(OZ_NAMESPACE, m) {
+  m.def("hold(Tensor[] tensors) -> int");
+  m.def("release(int held) -> ()");
+}
+
+#define OZ_RULE(Rule) \
+  STABLE_TORCH_LIBRARY_FRAGMENT(OZ_NAMESPACE, m) { m.def(schema<Rule>().c_str()); }
+#include "rules.h"

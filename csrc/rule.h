@@ -1,0 +1,121 @@
+// The contract between a rule and the code that runs it.
+//
+// A rule is a class template over its arithmetic type T (float or double) with
+//   name      what the op is called: optimzoo::fused_NAME_
+//   states    the names of its state tensors, in the order of operator()
+//   hyper     the names of its hyper-parameters, in the order of the constructor's array
+//   Rule(double lr, const double* hyper, double step)
+//             run once per tensor, in double: bias corrections belong here
+//   void operator()(T& param, T grad, T&... state) const
+//             the arithmetic of one coordinate; writes param and the states, never the gradient
+// and OZ_RULE(Rule) behind it. It sees neither dtypes, chunks and threads nor weight decay, maximize and loss scales:
+// those come before it, in Prologue. The Python twin of rules/NAME.h is optimzoo/NAME.py, same lines, same order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define OZ_FN __host__ __device__ __forceinline__
+#define OZ_UNROLL _Pragma("unroll")
+#else
+#define OZ_FN inline __attribute__((always_inline))
+#define OZ_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Code for the device; the tests compile it for the host as well.
+#if defined(__CUDA_ARCH__) || defined(OZ_EMULATED)
+#define OZ_ON_DEVICE
+#endif
+
+namespace optimzoo {
+
+template <template <typename> class Rule>
+constexpr int num_states = std::size(Rule<float>::states);
+template <template <typename> class Rule>
+constexpr int num_hyper = std::size(Rule<float>::hyper);
+
+// Moves `average` towards `value`, keeping `weight` of what it was.
+template <typename T>
+OZ_FN T lerp(T value, T average, T weight) {
+  return average + (value - average) * (1 - weight);
+}
+
+template <typename T>
+OZ_FN T sign(T x) {
+  return static_cast<T>((x > 0) - (x < 0));
+}
+
+// The larger one; NaN if either is.
+template <typename T>
+OZ_FN T maximum(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+// base to the power of a whole number of steps.
+OZ_FN double power(double base, double steps) {
+#if defined(OZ_ON_DEVICE)
+  // The library's pow is a call, across which registers are spilled to local memory.
+  double result = 1;
+  for (int64_t n = static_cast<int64_t>(steps); n > 0; n >>= 1, base *= base)
+    if (n & 1) result *= base;
+  return result;
+#else
+  return std::pow(base, steps);
+#endif
+}
+
+// exp(-x) for x >= 0 (NaN stays NaN). The library's exp is a call per element, which no compiler vectorises without
+// -ffast-math; this one is a dozen multiply-adds. Exact to 1.5 ulp in float, 2 in double (tests/test_native.py).
+template <typename T>
+OZ_FN T exp_neg(T x) {
+#if defined(OZ_ON_DEVICE)
+  return exp(-x);
+#else
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr bool narrow = sizeof(T) == 4;
+  constexpr int mantissa = narrow ? 23 : 52, terms = narrow ? 7 : 13;
+  constexpr Int bias = narrow ? 127 : 1023;
+  constexpr T largest = narrow ? T(87.33) : T(708.39);  // beyond it, 2^-n below would not be a normal number
+  x = x > largest ? largest : x;
+  // x = n log(2) + r, |r| <= log(2)/2. Adding 1.5 * 2^mantissa leaves n, rounded, in the low bits of the sum. log(2)
+  // comes in two pieces so that n times the first is exact.
+  constexpr T shift = narrow ? T(12582912) : T(6755399441055744);
+  constexpr Int shift_bits = narrow ? Int(0x4B400000) : Int(0x4338000000000000);
+  constexpr T log2_high = narrow ? T(0.693359375) : T(0.693145751953125);
+  constexpr T log2_low = narrow ? T(-2.12194440e-4) : T(1.42860682030941723212e-6);
+  const T shifted = x * T(1.4426950408889634) + shift;
+  const T n = shifted - shift;
+  const T r = (x - n * log2_high) - n * log2_low;
+  T sum = 1;  // the Taylor series of exp(-r)
+  OZ_UNROLL
+  for (int k = terms; k >= 1; --k) sum = 1 - sum * (r * (1 / T(k)));
+  Int bits;
+  std::memcpy(&bits, &shifted, sizeof(T));
+  bits = (bias - (bits - shift_bits)) << mantissa;
+  T scale;  // 2^-n
+  std::memcpy(&scale, &bits, sizeof(T));
+  return sum * scale;
+#endif
+}
+
+// What comes before every rule, in torch.optim's order: loss scale and sign, then weight decay.
+template <typename T>
+struct Prologue {
+  T grad_factor;   // 1 / loss scale, negative to maximize
+  T weight_decay;  // coupled: added to the gradient
+  T keep;          // decoupled: what is left of the parameter
+
+  template <bool coupled>
+  OZ_FN void apply(T& param, T& grad) const {
+    grad *= grad_factor;
+    // Not with a zero weight decay: 0 * param would carry an infinite parameter into the gradient as NaN.
+    if constexpr (coupled) grad += weight_decay * param;
+    param *= keep;
+  }
+};
+
+}  // namespace optimzoo

@@ -1,0 +1,39 @@
+#pragma once
+#include "../rule.h"
+
+namespace optimzoo {
+
+// Dubey et al., diffGrad, 2019.
+template <typename T>
+struct DiffGrad {
+  static constexpr const char* name = "diffgrad";
+  static constexpr const char* states[] = {"exp_avg", "exp_avg_sq", "previous_grad"};
+  static constexpr const char* hyper[] = {"beta1", "beta2", "eps", "variant"};
+  T beta1, beta2, eps, step_size, root_correction, slope, height, base;
+  bool keep_sign;
+
+  OZ_FN DiffGrad(double lr, const double* h, double step)
+      : beta1(h[0]),
+        beta2(h[1]),
+        eps(h[2]),
+        step_size(lr / (1 - power(h[0], step))),
+        root_correction(1 / sqrt(1 - power(h[1], step))),
+        slope(h[3] == 2 ? 0.5 : 1),
+        height(h[3] == 2 ? 9 : 1),
+        base(h[3] == 2 ? -4 : 0),
+        keep_sign(h[3] == 1) {}
+
+  OZ_FN void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& previous_grad) const {
+    exp_avg = lerp(grad, exp_avg, beta1);
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad;
+    const T difference = previous_grad - grad;
+    // sigmoid(x) from exp(-|x|), which never overflows
+    const T tail = exp_neg(slope * std::abs(difference));
+    const T friction = height * ((keep_sign && difference < 0 ? tail : T(1)) / (1 + tail)) + base;
+    param -= step_size * friction * exp_avg / (std::sqrt(exp_avg_sq) * root_correction + eps);
+    previous_grad = grad;
+  }
+};
+OZ_RULE(DiffGrad)
+
+}  // namespace optimzoo

@@ -1,0 +1,7 @@
+"""Optimizers from recent papers as drop-in ``torch.optim`` classes."""
+
+from optimzoo.adabelief import AdaBelief
+from optimzoo.diffgrad import DiffGrad
+
+__all__ = ["AdaBelief", "DiffGrad"]
+__version__ = "0.1.0"

@@ -1,0 +1,98 @@
+"""The native libraries: loads them, tells torch.compile about their ops, and says what is fused where."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MISSING: dict[str, str] = {}
+"""For each type of device, why its library is not loaded; empty where it is."""
+
+
+def _load(library: str) -> str:
+    """Load a library of this package; the answer is why that could not be, or nothing."""
+    path = Path(__file__).with_name(library + ".so")
+    if not path.exists():
+        return (
+            f"optimzoo was installed without {path.name}: no compiler (or, for CUDA, no nvcc and CUDA build of torch)"
+        )
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # untyped in torch 2.14
+    except OSError as error:  # a torch older than the library's target, or another platform
+        return f"{path.name} does not load: {error}"
+    return ""
+
+
+_MISSING["cpu"] = _load("_C")
+if torch.version.cuda is None:
+    _MISSING["cuda"] = "this build of torch has no CUDA"
+else:
+    _MISSING["cuda"] = _MISSING["cpu"] or _load("_C_cuda")  # the schemas are in _C
+
+
+def missing(device_type: str) -> str:
+    """Why nothing is fused on this type of device (``"cpu"``, ``"cuda"``, ...), or an empty string where it is."""
+    return _MISSING.get(device_type, f"there are no fused steps for {device_type}")
+
+
+@functools.cache
+def warn_if_pure() -> None:
+    """Say, once, that every step will be a foreach step because the CPU library is not there."""
+    if _MISSING["cpu"]:
+        warnings.warn(f"no fused steps, they go through foreach: {_MISSING['cpu']}", stacklevel=4)
+
+
+def fused(name: str) -> Callable[..., None] | None:
+    """The native op of the rule called ``name``, known to torch.compile, or ``None`` where there is none.
+
+    The op is ``optimzoo::fused_NAME_``; its arguments are the rule's own, in the same order (``csrc/fused.h``), each
+    tensor a list over parameters, and ``weight_decay``, ``decoupled_weight_decay``, ``fixed_decay``, ``maximize``,
+    ``grad_scale``, ``found_inf``.
+    """
+    packet = getattr(torch.ops.optimzoo, f"fused_{name}_", None)
+    if packet is None:
+        return None
+    op: Callable[..., None] = packet.default
+    if f"fused_{name}_" not in _with_fake:
+        # Nothing is returned and only arguments are written: all that a trace needs to know stands in the schema.
+        torch.library.register_fake(f"optimzoo::fused_{name}_", _fake)
+        _with_fake.add(f"fused_{name}_")
+    return op
+
+
+_with_fake: set[str] = set()
+
+
+def _fake(*args: Any, **kwargs: Any) -> None:
+    """Does to fake tensors what the ops do: nothing that could be seen."""
+
+
+class Held:
+    """Lists of CPU tensors, kept unpacked on the native side to be passed again and again.
+
+    To bring a thousand small tensors over from Python takes longer than their step. References are kept, not addresses:
+    a tensor whose ``data`` is replaced is seen as it is.
+
+    Args:
+        columns: lists of one length; an op's own lists but the gradients, in its order.
+    """
+
+    def __init__(self, columns: tuple[list[Tensor], ...]) -> None:
+        self.columns = columns
+        self.number: int = torch.ops.optimzoo.hold([tensor for column in columns for tensor in column])
+        weakref.finalize(self, torch.ops.optimzoo.release, self.number).atexit = False
+
+    def holds(self, columns: tuple[list[Tensor], ...]) -> bool:
+        """Whether these are the very same tensors."""
+        return all(
+            len(own) == len(other) and all(map(operator.is_, own, other))
+            for own, other in zip(self.columns, columns, strict=True)
+        )

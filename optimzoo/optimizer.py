@@ -1,0 +1,632 @@
+"""The two base classes: everything about an optimizer that its method does not say."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from itertools import chain
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from optimzoo import ops
+from optimzoo.tensorlist import Scalar, TensorList
+
+Group: TypeAlias = dict[str, Any]
+
+# Half-precision averages stall (a bfloat16 mean of ones with beta 0.999 stops at one half), so their state is wider.
+_STATE_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+_FUSED_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+_PLAIN = {Parameter, Tensor}
+
+# Settings that say how a step is made and not what it is: a checkpoint does not change them.
+_HOW = ("foreach", "fused", "capturable", "differentiable")
+
+# What hyper-parameters of these names may be, for every method: lower bound, upper bound, and how to say it.
+_RANGES = {
+    "lr": (0.0, math.inf, ">= 0"),
+    "eps": (0.0, math.inf, ">= 0"),
+    "weight_decay": (0.0, math.inf, ">= 0"),
+    "momentum": (0.0, 1.0, "in [0, 1)"),
+    "betas": (0.0, 1.0, "in [0, 1)"),
+}
+
+
+class Rule:
+    """An update function and what its signature says.
+
+    The parameters after ``param`` and ``grad`` name the state tensors, which are the keys of a checkpoint; the
+    keyword-only ones other than ``lr`` and ``step`` name the hyper-parameters (``beta1`` and ``beta2`` come from
+    ``betas``).
+
+    Args:
+        name: what the native op is called, ``optimzoo::fused_NAME_``, if there is one.
+        update: the function; it takes tensors, or :class:`~optimzoo.tensorlist.TensorList` s, and writes to all but the
+            gradient.
+    """
+
+    def __init__(self, name: str, update: Callable[..., None]) -> None:
+        parameters = inspect.signature(update).parameters.values()
+        self.update = update
+        self.states = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
+        self.hyper = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("lr", "step")]
+        # A class of the user's that happens to share a name with one of ours must not get our op.
+        self.fused = ops.fused(name) if update.__module__.startswith("optimzoo.") else None
+
+    def hyper_values(self, group: Group) -> dict[str, Any]:
+        """The hyper-parameters of a group by the names that the update function has for them."""
+        values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}}
+        return {name: values[name] for name in self.hyper}
+
+
+class Batch(NamedTuple):
+    """What one call of a back-end updates: a parameter, its gradient, step count and states share an index."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    steps: list[Tensor]
+    states: list[list[Tensor]]  # one list per state name
+
+    def pick(self, indices: list[int]) -> Batch:
+        """The batch of these indices."""
+        if len(indices) == len(self.params):
+            return self
+        params, grads, steps, *states = (
+            [column[i] for i in indices] for column in (self.params, self.grads, self.steps, *self.states)
+        )
+        return Batch(params, grads, steps, states)
+
+    def map(self, view: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every tensor but the steps seen through ``view``."""
+        params, grads, *states = ([view(t) for t in column] for column in (self.params, self.grads, *self.states))
+        return Batch(params, grads, self.steps, states)
+
+
+class Tensorwise(Optimizer):
+    """Base of methods that look at one whole parameter at a time: groups, closure, state, decay, sign.
+
+    A subclass passes its hyper-parameters to ``__init__`` and defines a static method
+    ``update(param, grad, *states, *, lr, ..., step)`` that writes the new parameter and states in place; :class:`Rule`
+    says how it is read. Weight decay, ``maximize`` and loss scales are applied before it.
+
+    Args:
+        params: tensors or parameter groups, as for any ``torch.optim.Optimizer``.
+        defaults: the hyper-parameters of a group that does not name its own. ``weight_decay`` (0) and
+            ``decoupled_weight_decay`` (``True``) are added where they are missing.
+        maximize: ascend instead of descend. Default ``False``.
+        capturable: keep the step count on the parameter's device and never read it, so that a CUDA graph can hold the
+            step. Default ``False``.
+        differentiable: let autograd see the step. Default ``False``.
+
+    Raises:
+        TypeError: a hyper-parameter is not a number.
+        ValueError: no parameters, parameters that are not leaves or not floating, a hyper-parameter out of range.
+        RuntimeError: from :meth:`step`, if a gradient or state does not fit its parameter; nothing has changed then.
+
+    State and parameters are as they were after a step that raised because of its input. Gradients are never written to.
+    Steps are counted per parameter: one that joins late starts at one. The state of 16-bit parameters is float32.
+    Non-finite gradients make parameters and state non-finite, as in ``torch.optim``; under ``torch.amp.GradScaler`` the
+    step is skipped instead.
+    """
+
+    sparse: ClassVar[bool] = True
+    """Whether sparse gradients are taken, row by row as in ``torch.optim.SparseAdam``."""
+
+    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf and does not wait for them
+    _rule: ClassVar[Rule]
+    update: ClassVar[Callable[..., None]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__:
+            cls._rule = Rule(cls.__name__.lower(), cls.update)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        flags = dict(maximize=maximize, capturable=capturable, differentiable=differentiable)
+        decay = dict(weight_decay=0.0, decoupled_weight_decay=True)
+        super().__init__(params, {**decay, **defaults, **flags})
+
+    def rule(self, group: Group) -> Rule:
+        """The rule that a group follows; a flag that changes the state chooses between two."""
+        return self._rule
+
+    def init(self, name: str, param: Tensor) -> Tensor:
+        """The first value of a state tensor: zeros like the parameter."""
+        dtype = _STATE_DTYPE.get(param.dtype, param.dtype)
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    # Groups
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters with settings of their own; the others come from the constructor's.
+
+        Raises:
+            TypeError, ValueError: as the constructor does; the optimizer then has the groups it had.
+        """
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def check_group(self, group: Group) -> None:
+        """Raise if a group's parameters or hyper-parameters are not ones that the method can work with."""
+        for index, param in enumerate(group["params"]):
+            if not (param.is_floating_point() or param.is_complex()):
+                raise ValueError(f"params[{index}] must be floating-point or complex, got {param.dtype}")
+        betas = group.get("betas", ())
+        if not isinstance(betas, tuple | list) or len(betas) not in (0, 2):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+        for name, (low, high, allowed) in _RANGES.items():
+            for value in betas if name == "betas" else [group[name]] if name in group else []:
+                _check_number(name, value, low, high, allowed)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a pickle of an older version lacks what has been added since
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    # The step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; it is called once, with gradients enabled.
+
+        Returns:
+            What the closure returned, or ``None``.
+
+        Raises:
+            RuntimeError: a gradient or state does not fit its parameter; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            known = len(self.state)
+            try:
+                calls = [call for group in self.param_groups for call in self._calls(group, self._gather(group))]
+                # A single fused call checks its tensors itself, and faster.
+                alone = len(calls) == 1 and calls[0][1] in ("fused", "held_lists") and len(self.state) == known
+                if not alone and not torch.compiler.is_compiling():
+                    for group, _, batch in calls:
+                        self._check_batch(group, batch)
+            except Exception:
+                for param in list(self.state)[known:]:
+                    del self.state[param]
+                raise
+            for group, backend, batch in calls:
+                getattr(self, "_" + backend)(group, batch)
+        return loss
+
+    def _gather(self, group: Group) -> Batch:
+        batch = Batch([], [], [], [[] for _ in self.rule(group).states])
+        self._init_group(group, batch.params, batch.grads, batch.steps, *batch.states)
+        return batch
+
+    def _calls(self, group: Group, batch: Batch) -> list[tuple[Group, str, Batch]]:
+        """How a group is updated: batches and the back-ends that take them."""
+        buckets: dict[tuple[Any, ...], list[int]] = {}
+        for index, row in enumerate(zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True)):
+            buckets.setdefault(self._bucket(group, *row), []).append(index)
+        return [(group, bucket[0], batch.pick(indices)) for bucket, indices in buckets.items()]
+
+    # torch.compile runs a method of this name while it traces, and guards on the tensors it put into the lists.
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: list[Tensor], *states: list[Tensor]
+    ) -> None:
+        """Append the group's parameters that have gradients, with their gradients and (made where missing) state."""
+        names = self.rule(group).states
+        params += [param for param in group["params"] if param.grad is not None]
+        grads += [cast(Tensor, param.grad) for param in params]
+        rows = [self.state[param] for param in params]
+        for param, row in zip(params, rows, strict=True):
+            if not row:
+                row["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device(group, param))
+                for name in names:
+                    row[name] = self.init(name, param)
+        try:
+            steps += [row["step"] for row in rows]
+            for name, column in zip(names, states, strict=True):
+                column += [row[name] for row in rows]
+        except KeyError as error:
+            raise RuntimeError(f"the state of a parameter lacks {error}; {type(self).__name__} needs {names}") from None
+
+    def _step_device(self, group: Group, param: Tensor) -> torch.device:
+        return param.device if group["capturable"] else torch.device("cpu")
+
+    def _bucket(self, group: Group, param: Tensor, grad: Tensor, *state: Tensor) -> tuple[Any, ...]:
+        """Parameters of equal answers are updated by one call; the answer begins with the back-end."""
+        return ("single",)
+
+    def _check_batch(self, group: Group, batch: Batch) -> None:
+        """Raise if something does not fit, before anything is written."""
+        names = self.rule(group).states
+        for param, grad, _, *states in zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True):
+            shape = tuple(param.shape)
+            if grad.layout is not torch.strided:
+                if not self.sparse:
+                    name = type(self).__name__
+                    raise RuntimeError(f"{name} does not take sparse gradients (parameter of shape {shape})")
+                if group["weight_decay"] != 0:
+                    raise RuntimeError(f"weight_decay does not go with sparse gradients (parameter of shape {shape})")
+            if 0 in param.stride() and param.numel() > 1:
+                raise RuntimeError(f"a parameter of shape {shape} is expanded: its elements share memory; clone it")
+            for name, tensor in zip(["gradient", *names], [grad, *states], strict=True):
+                dtype = param.dtype if name == "gradient" else _STATE_DTYPE.get(param.dtype, param.dtype)
+                for what, got, expected in (
+                    ("shape", tuple(tensor.shape), shape),
+                    ("dtype", tensor.dtype, dtype),
+                    ("device", tensor.device, param.device),
+                ):
+                    if got != expected:
+                        raise RuntimeError(
+                            f"the {name} of a parameter of shape {shape}, {param.dtype} on {param.device} "
+                            f"has {what} {got}, must be {expected}"
+                        )
+
+    # Back-ends
+
+    def _single(self, group: Group, batch: Batch) -> None:
+        """One parameter after the other."""
+        for index in range(len(batch.params)):
+            row = batch.pick([index])
+            if row.grads[0].layout is torch.strided:
+                self._update(group, row, wrap=lambda tensors: tensors[0])
+            else:
+                self._update_rows(group, row)
+
+    def _update_rows(self, group: Group, batch: Batch) -> None:
+        """A parameter with a sparse gradient: only what the gradient names is touched."""
+        grad = batch.grads[0].coalesce()
+        index = tuple(grad.indices())
+        dense = batch._replace(grads=[grad.values()])
+        rows = Batch([batch.params[0][index]], dense.grads, batch.steps, [[state[0][index]] for state in batch.states])
+        self._update(group, rows, wrap=lambda tensors: tensors[0])
+        batch.params[0][index] = rows.params[0]
+        for state, row in zip(batch.states, rows.states, strict=True):
+            state[0][index] = row[0]
+
+    def _update(self, group: Group, batch: Batch, wrap: Callable[[list[Tensor]], Any]) -> None:
+        """Loss scale, sign and decay, then the rule, on what ``wrap`` makes of a list of tensors."""
+        if self._overflowed():
+            return
+        torch._foreach_add_(batch.steps, 1)
+        if self._reads_steps(group):
+            step: Any = batch.steps[0].item()
+        else:  # in float32 a bias correction of 1 - 0.999**step has four digits
+            step = wrap([step.double() for step in batch.steps])
+        if batch.params[0].is_complex():
+            batch = batch.map(torch.view_as_real)
+        dtype = batch.params[0].dtype
+        wide = _STATE_DTYPE.get(dtype, dtype)
+        params = [param.to(wide) for param in batch.params]
+        param, grad, *states = (wrap(column) for column in (params, [g.to(wide) for g in batch.grads], *batch.states))
+
+        rule, lr, weight_decay = self.rule(group), self._lr(group), group["weight_decay"]
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            grad = grad * (1 / scale.to(batch.grads[0].device))
+        if group["maximize"]:
+            grad = -grad
+        if weight_decay != 0 and group["decoupled_weight_decay"]:
+            param *= 1 - (weight_decay if group.get("fixed_decay") else lr * weight_decay)
+        elif weight_decay != 0:
+            grad = grad + weight_decay * param
+        rule.update(param, grad, *states, lr=lr, step=step, **rule.hyper_values(group))
+        if wide is not dtype:
+            torch._foreach_copy_(batch.params, params)
+
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler found an infinite gradient, so that this step must not happen."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf.item())
+
+    def _reads_steps(self, group: Group) -> bool:
+        """Whether Python may look into step counts and learning rates, which makes them constants of a graph."""
+        return not (group["capturable"] or torch.compiler.is_compiling())
+
+    def _lr(self, group: Group) -> Scalar:
+        lr: Scalar = group["lr"]
+        if isinstance(lr, Tensor):
+            return lr.item() if self._reads_steps(group) and not group["differentiable"] else lr.reshape(())
+        return lr
+
+    # Checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state and groups, as ``torch.optim`` does, except that state keeps the dtype it was saved with.
+
+        A checkpoint of another implementation of the same method loads if its state has the same names; settings that
+        it does not hold stay as they are in this optimizer.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, on any device and from any back-end.
+
+        Raises:
+            ValueError: groups, parameters or state that do not fit this optimizer; nothing has changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._complete(state_dict))
+            return loaded
+
+        # After the user's pre-hooks, which may replace the dictionary, and before the user's post-hooks.
+        handles = [
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a state dict with all settings of this optimizer; raises where the two do not fit."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
+        saved, own = state_dict["param_groups"], self.param_groups
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            return state_dict  # torch has an error for this
+        groups = []
+        for saved_group, group in zip(saved, own, strict=True):
+            settings = {name: group[name] for name in self.defaults}
+            how = {name: settings[name] for name in _HOW if name in settings}
+            groups.append({**settings, **saved_group, **how})
+            merged = {**groups[-1], "params": group["params"]}
+            self.check_group(merged)
+            for index, param in zip(saved_group["params"], group["params"], strict=True):
+                state = state_dict["state"].get(index)
+                if state:
+                    self._check_state(f"parameter {index}", state, self.rule(merged).states, param)
+        return {**state_dict, "param_groups": groups}
+
+    def _check_state(self, owner: str, state: dict[str, Any], names: list[str], param: Tensor) -> None:
+        if not {"step", *names} <= state.keys():
+            has, needs = ", ".join(map(str, state)), ", ".join(["step", *names])
+            raise ValueError(f"the state of {owner} has {has}; {type(self).__name__} needs {needs}")
+        for name in names:
+            if not isinstance(state[name], Tensor) or state[name].shape != param.shape:
+                got = tuple(state[name].shape) if isinstance(state[name], Tensor) else repr(state[name])
+                raise ValueError(f"{name} of {owner} must be a tensor of shape {tuple(param.shape)}, got {got}")
+        step = state["step"]
+        if not isinstance(step, int | float | Tensor) or (isinstance(step, Tensor) and step.numel() != 1):
+            raise ValueError(f"step of {owner} must be one number, got {step!r}")
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        """Undo torch's cast of state to the parameter's dtype, and give it the form that the step works on."""
+        indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        for group in self.param_groups:
+            for param, index in zip(group["params"], indices):  # noqa: B905  # goes on in the next group
+                saved = loaded["state"].get(index)
+                if not saved:
+                    continue
+                state = self.state[param]
+                state["step"] = torch.as_tensor(
+                    saved["step"], dtype=torch.float32, device=self._step_device(group, param)
+                ).reshape(())
+                for name in self.rule(group).states:
+                    like = self.init(name, param)
+                    value = saved[name].to(device=like.device, dtype=like.dtype)
+                    state[name] = value if value.stride() == like.stride() else like.copy_(value)
+
+
+class Elementwise(Tensorwise):
+    """Base of methods that treat every coordinate alike: adds the foreach and the fused step.
+
+    ``update`` must use tensor methods and operators only, and its helpers from :mod:`optimzoo.tensorlist` where it
+    computes with ``step``; given lists of tensors it is then the foreach step. A functor of the same name in
+    ``csrc/rules`` is the fused one.
+
+    Args:
+        params, defaults, maximize, capturable, differentiable: as :class:`Tensorwise`.
+        foreach: update all parameters by a few calls over lists. ``None``, the default, does so where nothing is fused.
+        fused: update all parameters by one native call that makes no temporaries. ``None``, the default, does so
+            where there is a native library for the device and the tensors fit: not sparse, without gaps or overlap
+            in memory, a gradient of the parameter's strides. ``True`` makes it an error if that cannot be.
+
+    Raises:
+        RuntimeError: ``fused=True`` cannot be met, from the constructor or from :meth:`step`; the message says why.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **impl: bool,
+    ) -> None:
+        if fused is None and foreach is None:
+            ops.warn_if_pure()
+        self._held: dict[int, ops.Held] = {}  # by the group's id: what the native side keeps of it
+        super().__init__(params, {**defaults, "foreach": foreach, "fused": fused}, **impl)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._held = {}
+
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        if not group["fused"]:
+            return
+        if group["foreach"]:
+            raise RuntimeError("fused and foreach cannot both be True")
+        if group["differentiable"]:
+            raise RuntimeError("fused=True cannot be differentiable=True: autograd does not see a native step")
+        for index, param in enumerate(group["params"]):
+            reason = self._not_fused(group, param)
+            if reason:
+                raise RuntimeError(f"fused=True cannot be met for params[{index}]: {reason}")
+
+    def _not_fused(self, group: Group, param: Tensor, *others: Tensor) -> str:
+        """Why a parameter's step cannot be fused, or an empty string; ``others`` are its gradient and state."""
+        if self.rule(group).fused is None:
+            return ops.missing("cpu") or f"{type(self).__name__} has no native step"
+        if isinstance(param, DTensor):
+            if any(not isinstance(t, DTensor) or t.placements != param.placements for t in others):
+                return "gradient or state are sharded in another way than the parameter"
+            param, others = _local(param), tuple(_local(tensor) for tensor in others)
+        elif type(param) not in _PLAIN:
+            return f"{type(param).__name__} is a tensor subclass that the native step does not know"
+        if ops.missing(param.device.type):
+            return ops.missing(param.device.type)
+        if param.dtype not in _FUSED_DTYPES | {torch.complex64, torch.complex128}:
+            return f"its dtype is {param.dtype}"
+        for tensor in (param, *others):
+            if tensor.layout is not torch.strided:
+                return "its gradient is sparse"
+            if not tensor.is_contiguous():
+                break
+        else:
+            return ""
+        if not _is_dense(param):
+            return "it does not fill its memory without gaps or overlap"
+        if any(tensor.stride() != param.stride() for tensor in others):
+            return "gradient or state have other strides than the parameter"
+        return ""
+
+    def _step_device(self, group: Group, param: Tensor) -> torch.device:
+        fuses = self._wants_fused(group) and not ops.missing(param.device.type)
+        return param.device if fuses or group["capturable"] else torch.device("cpu")
+
+    def _calls(self, group: Group, batch: Batch) -> list[tuple[Group, str, Batch]]:
+        # The usual case, by columns: for a thousand small tensors a look at each would cost more than their step.
+        fuses = self._wants_fused(group) and self.rule(group).fused is not None and not group["differentiable"]
+        if not fuses or not batch.params or torch.compiler.is_compiling():
+            return super()._calls(group, batch)
+        held = self._held.get(id(group))
+        known = held is not None and held.holds((batch.params, *batch.states, batch.steps))
+        looked_at = (batch.params, batch.grads, *(() if known else batch.states))
+        usual = all({*map(type, column)} <= _PLAIN and all(map(Tensor.is_contiguous, column)) for column in looked_at)
+        if usual and known:
+            return [(group, "held_lists", batch)]
+        usual = (
+            usual
+            and {param.dtype for param in batch.params} <= _FUSED_DTYPES
+            and len({param.device for param in batch.params}) == 1
+            and not ops.missing(batch.params[0].device.type)
+        )
+        if not usual:
+            return super()._calls(group, batch)
+        if batch.params[0].is_cpu:
+            self._held[id(group)] = ops.Held((batch.params, *batch.states, batch.steps))
+        return [(group, "fused", batch)]
+
+    def _wants_fused(self, group: Group) -> bool:
+        return group["fused"] is not False and not group["foreach"]
+
+    def _bucket(self, group: Group, param: Tensor, grad: Tensor, *state: Tensor) -> tuple[Any, ...]:
+        step, *states = state
+        if group["differentiable"]:
+            return ("single",)
+        if self._wants_fused(group):
+            reason = self._not_fused(group, param, grad, *states)
+            if not reason:
+                return ("fused", param.device, param.is_complex(), type(param) is DTensor)
+            if group["fused"]:
+                raise RuntimeError(f"fused=True cannot be met for a parameter of shape {tuple(param.shape)}: {reason}")
+        if group["foreach"] is False or grad.layout is not torch.strided:
+            return ("single",)
+        return ("foreach", param.device, param.dtype, step.item() if self._reads_steps(group) else None)
+
+    def _foreach(self, group: Group, batch: Batch) -> None:
+        """Parameters of one device, dtype and step count, by calls over lists."""
+        self._update(group, batch, wrap=TensorList)
+
+    def _fused(self, group: Group, batch: Batch) -> None:
+        """Parameters of one device, by one native call."""
+        params = batch.params
+        if isinstance(params[0], DTensor):
+            batch = batch.map(_local)
+        if params[0].is_complex():
+            batch = batch.map(torch.view_as_real)
+        self._call_fused(group, params, [batch.params, batch.grads, *batch.states], batch.steps)
+
+    def _held_lists(self, group: Group, batch: Batch) -> None:
+        """The same, when the native side has seen all but the gradients before."""
+        lists = [[], batch.grads, *([] for _ in batch.states)]
+        self._call_fused(group, batch.params, lists, [], held=self._held[id(group)].number)
+
+    def _call_fused(
+        self, group: Group, params: list[Tensor], lists: list[list[Tensor]], steps: list[Tensor], held: int = 0
+    ) -> None:
+        device, lr, rule = params[0].device, group["lr"], self.rule(group)
+        assert rule.fused is not None  # else _bucket had chosen another back-end
+        if not isinstance(lr, Tensor):
+            lr = torch.tensor(lr, dtype=torch.float64)
+        rule.fused(
+            *lists,
+            lr=lr if lr.is_cpu else lr.to(device),
+            step=steps,
+            weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            fixed_decay=group.get("fixed_decay", False),
+            maximize=group["maximize"],
+            **{name: _on(device, getattr(self, name, None)) for name in ("grad_scale", "found_inf")},
+            held=held,
+            **rule.hyper_values(group),
+        )
+        if not torch.compiler.is_compiling():  # so that autograd notices a parameter that it had saved for backward
+            torch.autograd.graph.increment_version(params)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return cast(DTensor, tensor).to_local()
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a block of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:
+    if isinstance(value, Tensor) and name == "lr":
+        if value.numel() != 1:
+            raise ValueError(f"lr must be one number, got a tensor of shape {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    if not low <= float(value) < high:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,146 @@
+"""The CUDA kernels without a GPU: their source run on the host by an emulation of the launch, and what nvcc made of it.
+
+Emulated means: the arithmetic, the tables, the packing and the tails are right. That they run on a GPU is not shown.
+"""
+
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_native import HYPER, RULES, arguments
+
+from optimzoo import _build
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+INCLUDE = ["-isystem", str(Path(torch.__file__).parent / "include")]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The ops of cuda.cu, compiled for the host."""
+    if COMPILER is None:
+        pytest.skip("needs g++")
+    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    sources = ["-x", "c++", str(ROOT / "csrc/cuda.cu"), str(ROOT / "csrc/library.cpp")]
+    flags = [*_build.FLAGS, "-O2", "-fPIC", "-fvisibility=hidden", "-DOZ_EMULATED", "-pthread", "-shared"]
+    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    emulation = ["-I", str(ROOT / "tests/emulation")]
+    subprocess.run([COMPILER, *flags, *emulation, *INCLUDE, *sources, "-o", str(library), *link], check=True)
+    torch.ops.load_library(library)
+    return lambda name: getattr(torch.ops.optimzoo_emulated, f"fused_{name}_").default
+
+
+CASES = {
+    "plain": {},
+    "coupled decay": dict(weight_decay=0.1, decoupled_weight_decay=False),
+    "decoupled decay, maximize": dict(weight_decay=0.1, maximize=True),
+    "fixed decay": dict(weight_decay=0.1, fixed_decay=True),
+    "scaled": dict(grad_scale=torch.tensor(8.0)),
+    "seventh step": dict(step=6.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_the_cpu_step(emulated, name, dtype, case):
+    # One block and several, whole packs and tails, an empty tensor, a scalar.
+    shapes = [(5, 7), (0,), (16 * 1024 + 3,), (), (40_000,), (8,)]
+    ours, kwargs = arguments(RULES[name], shapes=shapes, dtype=dtype, **CASES[case])
+    theirs, other = arguments(RULES[name], shapes=shapes, dtype=dtype, **CASES[case])
+    RULES[name].fused(*ours, **kwargs)
+    emulated(name)(*theirs, **other)
+    assert [int(step) for step in kwargs["step"]] == [int(step) for step in other["step"]]
+    # The host's compiler may fuse a multiplication and an addition where the other does not.
+    for one, two in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        torch.testing.assert_close(one, two, rtol=16 * torch.finfo(one.dtype).eps, atol=16 * torch.finfo(one.dtype).eps)
+
+
+def test_tensors_that_are_not_aligned_are_updated_one_by_one(emulated):
+    def shifted(column):
+        return [torch.cat([t.new_zeros(1), t.flatten()])[1:] for t in column]
+
+    ours, kwargs = arguments(RULES["diffgrad"], shapes=[(101,), (17,)])
+    theirs, other = arguments(RULES["diffgrad"], shapes=[(101,), (17,)])
+    theirs = [shifted(column) for column in theirs]
+    assert theirs[0][0].data_ptr() % 16 != 0
+    RULES["diffgrad"].fused(*ours, **kwargs)
+    emulated("diffgrad")(*theirs, **other)
+    for one, two in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+
+
+def test_more_tensors_than_one_table_holds(emulated):
+    shapes = [(i % 7,) for i in range(200)]
+    ours, kwargs = arguments(RULES["adabelief"], shapes=shapes)
+    theirs, other = arguments(RULES["adabelief"], shapes=shapes)
+    RULES["adabelief"].fused(*ours, **kwargs)
+    emulated("adabelief")(*theirs, **other)
+    assert all(step == 2 for step in other["step"])
+    for one, two in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-6, atol=2e-6)
+
+
+def test_a_step_with_found_inf_changes_and_counts_nothing(emulated):
+    args, kwargs = arguments(RULES["diffgrad"])
+    before = [t.clone() for t in itertools.chain(*args, kwargs["step"])]
+    emulated("diffgrad")(*args, **kwargs, found_inf=torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(itertools.chain(*args, kwargs["step"]), before, strict=True))
+
+
+def test_half_of_an_infinite_gradient_stays_in_its_coordinate(emulated):
+    args, kwargs = arguments(RULES["diffgrad"], shapes=[(1000,)])
+    args[1][0][3] = float("nan")
+    emulated("diffgrad")(*args, **kwargs)
+    assert args[0][0].isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.fixture(scope="module")
+def nvcc_report(tmp_path_factory):
+    """What ptxas says of every kernel of every device, and the PTX."""
+    if NVCC is None or torch.version.cuda is None:
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    folder = tmp_path_factory.mktemp("nvcc")
+    source = str(ROOT / "csrc/cuda.cu")
+    flags = [*_build.cuda_flags(), *INCLUDE]
+    cubin = [NVCC, *flags, "-Xptxas=-v", "-c", source, "-o", str(folder / "cuda.o")]
+    report = subprocess.run(cubin, check=True, capture_output=True, text=True).stderr
+    ptx = [NVCC, *_build.FLAGS, "-O3", "-DUSE_CUDA", "-arch=compute_90", *INCLUDE, "-ptx", source]
+    subprocess.run([*ptx, "-o", str(folder / "cuda.ptx")], check=True)
+    return report, (folder / "cuda.ptx").read_text()
+
+
+def test_kernels_use_no_local_memory(nvcc_report):
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", nvcc_report[0])
+    assert len(frames) >= 2 * 2 * 4 * len(RULES)  # devices x decay x dtypes x rules
+    assert set(frames) == {("0", "0", "0")}
+
+
+def test_kernels_are_made_for_both_devices_and_later_ones(nvcc_report):
+    assert set(re.findall(r"for '(sm_\d+)'", nvcc_report[0])) == {"sm_80", "sm_90"}
+    assert "code=compute_90" in " ".join(_build.cuda_flags())
+
+
+def test_every_array_is_moved_by_accesses_of_16_bytes(nvcc_report):
+    bodies = re.findall(r"\.entry (\S*step_kernel\S*)\((.*?)\n}", nvcc_report[1], re.S)
+    assert len(bodies) == 2 * 4 * len(RULES)
+    for name, body in bodies:
+        rule = next(r for key, r in RULES.items() if _cxx_name(key) in name)
+        narrow = "BFloat16" in name or "Half" in name  # whose state, in float32, takes two accesses a pack
+        arrays = 1 + len(rule.states) * (2 if narrow else 1)
+        assert len(re.findall(r"ld\.global\.v(?:4\.[a-z]32|2\.[a-z]64)", body)) >= arrays + 1, name
+        assert len(re.findall(r"st\.global\.wb\.v4", body)) >= arrays, name
+
+
+def _cxx_name(rule):
+    return {"diffgrad": "8DiffGradE", "adabelief": "9AdaBeliefE", "adabelief_amsgrad": "16AdaBeliefAMSGradE"}[rule]
+
+
+def test_every_hyper_parameter_has_a_value_here():
+    assert {name for rule in RULES.values() for name in rule.hyper} == set(HYPER)
