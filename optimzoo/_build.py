@@ -115,10 +115,10 @@ class BdistWheel(bdist_wheel):
 
     def finalize_options(self) -> None:
         """Say that the wheel is not pure where something will be compiled."""
+        compiles = bool(_commands(Path()))
+        vars(self.distribution)["has_ext_modules"] = lambda: compiles
         super().finalize_options()
-        self.root_is_pure = not _commands(Path())
 
     def get_tag(self) -> tuple[str, str, str]:
         """``py3-none-PLATFORM``: the libraries know neither Python's ABI nor one torch's."""
-        platform = super().get_tag()[2]
-        return "py3", "none", platform
+        return "py3", "none", super().get_tag()[2]

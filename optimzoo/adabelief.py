@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Elementwise, Rule
+from optimzoo.optimizer import Elementwise, Rule, warn
 from optimzoo.tensorlist import Scalar, at_least, sqrt, where
 
 
@@ -104,9 +103,9 @@ class AdaBelief(Elementwise):
         if group["fixed_decay"] and not group["decoupled_weight_decay"]:
             raise ValueError("fixed_decay=True needs decoupled_weight_decay=True")
         if group["betas"][0] == 0:
-            warnings.warn("betas[0] = 0: the gradient is its own mean, and AdaBelief is SGD", stacklevel=5)
+            warn("betas[0] = 0: the gradient is its own mean, and AdaBelief is SGD")
         if group["rectify"] and group["betas"][1] <= 2 / 3:
-            warnings.warn("betas[1] <= 2/3: the rectified step never adapts; pass rectify=False", stacklevel=5)
+            warn("betas[1] <= 2/3: the rectified step never adapts; pass rectify=False")
 
     def rule(self, group: dict[str, Any]) -> Rule:
         return _AMSGRAD if group["amsgrad"] else super().rule(group)
@@ -163,7 +162,7 @@ def _update_amsgrad(
 ) -> None:
     """The same with the running maximum of the variance (Reddi et al., AMSGrad, 2018)."""
     _average(grad, exp_avg, exp_avg_var, beta1, beta2, eps)
-    max_exp_avg_var.copy_(max_exp_avg_var.maximum(exp_avg_var))
+    max_exp_avg_var.clamp_min_(exp_avg_var)
     param -= lr / (1 - beta1**step) * exp_avg / (max_exp_avg_var.sqrt() / sqrt(1 - beta2**step) + eps)
 
 

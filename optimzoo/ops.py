@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import operator
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -41,13 +39,6 @@ else:
 def missing(device_type: str) -> str:
     """Why nothing is fused on this type of device (``"cpu"``, ``"cuda"``, ...), or an empty string where it is."""
     return _MISSING.get(device_type, f"there are no fused steps for {device_type}")
-
-
-@functools.cache
-def warn_if_pure() -> None:
-    """Say, once, that every step will be a foreach step because the CPU library is not there."""
-    if _MISSING["cpu"]:
-        warnings.warn(f"no fused steps, they go through foreach: {_MISSING['cpu']}", stacklevel=4)
 
 
 def fused(name: str) -> Callable[..., None] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from numbers import Real
@@ -11,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -20,6 +22,12 @@ from optimzoo import ops
 from optimzoo.tensorlist import Scalar, TensorList
 
 Group: TypeAlias = dict[str, Any]
+
+_SHARDED: tuple[type[Tensor], ...] = ()
+if torch.distributed.is_available():  # some builds of torch are without
+    from torch.distributed.tensor import DTensor
+
+    _SHARDED = (DTensor,)
 
 # Half-precision averages stall (a bfloat16 mean of ones with beta 0.999 stops at one half), so their state is wider.
 _STATE_DTYPE = {
@@ -468,8 +476,8 @@ class Elementwise(Tensorwise):
         fused: bool | None = None,
         **impl: bool,
     ) -> None:
-        if fused is None and foreach is None:
-            ops.warn_if_pure()
+        if fused is None and foreach is None and ops.missing("cpu"):
+            _warn_once(f"no fused steps, they go through foreach: {ops.missing('cpu')}")
         self._held: dict[int, ops.Held] = {}  # by the group's id: what the native side keeps of it
         super().__init__(params, {**defaults, "foreach": foreach, "fused": fused}, **impl)
 
@@ -494,8 +502,8 @@ class Elementwise(Tensorwise):
         """Why a parameter's step cannot be fused, or an empty string; ``others`` are its gradient and state."""
         if self.rule(group).fused is None:
             return ops.missing("cpu") or f"{type(self).__name__} has no native step"
-        if isinstance(param, DTensor):
-            if any(not isinstance(t, DTensor) or t.placements != param.placements for t in others):
+        if isinstance(param, _SHARDED):
+            if any(_placements(tensor) != _placements(param) for tensor in others):
                 return "gradient or state are sharded in another way than the parameter"
             param, others = _local(param), tuple(_local(tensor) for tensor in others)
         elif type(param) not in _PLAIN:
@@ -554,7 +562,7 @@ class Elementwise(Tensorwise):
         if self._wants_fused(group):
             reason = self._not_fused(group, param, grad, *states)
             if not reason:
-                return ("fused", param.device, param.is_complex(), type(param) is DTensor)
+                return ("fused", param.device, param.is_complex(), isinstance(param, _SHARDED))
             if group["fused"]:
                 raise RuntimeError(f"fused=True cannot be met for a parameter of shape {tuple(param.shape)}: {reason}")
         if group["foreach"] is False or grad.layout is not torch.strided:
@@ -568,7 +576,7 @@ class Elementwise(Tensorwise):
     def _fused(self, group: Group, batch: Batch) -> None:
         """Parameters of one device, by one native call."""
         params = batch.params
-        if isinstance(params[0], DTensor):
+        if isinstance(params[0], _SHARDED):
             batch = batch.map(_local)
         if params[0].is_complex():
             batch = batch.map(torch.view_as_real)
@@ -602,12 +610,27 @@ class Elementwise(Tensorwise):
             torch.autograd.graph.increment_version(params)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return cast(DTensor, tensor).to_local()
+def _local(tensor: Any) -> Tensor:
+    return cast(Tensor, tensor.to_local())
+
+
+def _placements(tensor: Tensor) -> Any:
+    return getattr(tensor, "placements", None)
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's that led here."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("optimzoo", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_warn_once = functools.cache(warn)
 
 
 def _is_dense(tensor: Tensor) -> bool:
