@@ -36,7 +36,8 @@ format: $(VENV)/ready
 	$(BIN)/clang-format -i $(CSRC)
 
 docs: $(VENV)/ready
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
 
 wheel: $(VENV)/ready
 	rm -rf build dist

@@ -38,10 +38,12 @@ constexpr int num_states = std::size(Rule<float>::states);
 template <template <typename> class Rule>
 constexpr int num_hyper = std::size(Rule<float>::hyper);
 
-// Moves `average` towards `value`, keeping `weight` of what it was.
+// Moves `average` towards `value`, keeping `weight` of what it was; from the end that is nearer, as torch.lerp does, so
+// that nothing of a small value is lost beside a large average that is to be forgotten.
 template <typename T>
 OZ_FN T lerp(T value, T average, T weight) {
-  return average + (value - average) * (1 - weight);
+  const T distance = value - average;
+  return weight > T(0.5) ? average + distance * (1 - weight) : value - distance * weight;
 }
 
 template <typename T>

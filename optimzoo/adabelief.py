@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Elementwise, Rule, warn
+from optimzoo.optimizer import Elementwise, Rule, check_flags, warn
 from optimzoo.tensorlist import Scalar, at_least, sqrt, where
 
 
@@ -48,11 +48,12 @@ class AdaBelief(Elementwise):
             (``weight_decouple`` in the authors' code); if false, add :math:`\lambda\theta` to the gradient.
             Default ``True``.
         fixed_decay: multiply by :math:`1 - \lambda` instead; needs ``decoupled_weight_decay``. Default ``False``.
-        **impl: ``maximize``, ``foreach``, ``fused``, ``capturable``, ``differentiable``: see :class:`Elementwise`.
+        **impl: ``maximize``, ``foreach``, ``fused``, ``capturable``, ``differentiable``: see
+            :class:`~optimzoo.optimizer.Elementwise`.
 
     Raises:
         ValueError: a hyper-parameter is out of range or two of them exclude each other; the message names them.
-        RuntimeError: from :meth:`step`, for a sparse gradient.
+        RuntimeError: from ``step``, for a sparse gradient.
 
     Warns:
         UserWarning: ``betas[0] = 0`` leaves nothing but eps in the state; ``rectify`` with ``betas[1] <= 2/3`` never
@@ -61,7 +62,7 @@ class AdaBelief(Elementwise):
     Where the gradient is constant the step grows up to :math:`\gamma\sqrt{(1-\beta_2)/\epsilon}`: clip gradients by
     norm, not element by element, since clamped coordinates look constant. Real and imaginary parts of a complex
     parameter are coordinates of their own. A checkpoint of ``adabelief-pytorch`` 0.2.1 loads with
-    :meth:`load_state_dict`; options that it does not hold are those of the optimizer it is loaded into.
+    ``load_state_dict``; options that it does not hold are those of the optimizer it is loaded into.
     """
 
     sparse = False
@@ -96,6 +97,7 @@ class AdaBelief(Elementwise):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
+        check_flags(group, "amsgrad", "rectify", "degenerated_to_sgd")
         if group["eps"] == 0:
             raise ValueError("eps must be > 0, got 0: a coordinate that never had a gradient would be 0 / 0")
         if group["amsgrad"] and group["rectify"]:

@@ -24,7 +24,7 @@ class DiffGrad(Elementwise):
     Args:
         params: tensors of any shape, or parameter groups.
         lr: step size, :math:`\gamma \ge 0`, in units of the parameter; a float or a tensor of one element. Where the
-            gradient is flat and steady the friction is one half: start at two to three times AdamW's. Default 1e-3.
+            gradient is flat and steady the friction is one half: start at about twice Adam's. Default 1e-3.
         betas: weights of the past in the two averages, :math:`\beta_1, \beta_2 \in [0, 1)`. Default (0.9, 0.999).
         eps: added to the root after its bias correction, as in the paper and ``torch.optim.Adam``,
             :math:`\epsilon \ge 0`, in units of the gradient. Default 1e-8.
@@ -34,17 +34,18 @@ class DiffGrad(Elementwise):
             to 5. Default 0.
         decoupled_weight_decay: if true, multiply the parameter by :math:`1 - \gamma\lambda` first, as ``AdamW`` does;
             if false, add :math:`\lambda\theta` to the gradient, as the authors do. Default ``False``.
-        **impl: ``maximize``, ``foreach``, ``fused``, ``capturable``, ``differentiable``: see :class:`Elementwise`.
+        **impl: ``maximize``, ``foreach``, ``fused``, ``capturable``, ``differentiable``: see
+            :class:`~optimzoo.optimizer.Elementwise`.
 
     Raises:
         ValueError: a hyper-parameter is out of range; the message names it.
-        RuntimeError: from :meth:`step`, for a sparse gradient.
+        RuntimeError: from ``step``, for a sparse gradient.
 
     The friction depends on the size of the gradient, so diffGrad is not invariant to the scale of the loss: for small
     gradients it is Adam at half the learning rate. Real and imaginary parts of a complex parameter are coordinates of
     their own. The state keeps a copy of the last gradient (the authors' first code kept a reference, which refilled
     buffers silently turn into a constant friction of one half). A checkpoint of the authors' code loads with
-    :meth:`load_state_dict`; its eps enters before the bias correction, so that the first steps differ in the
+    ``load_state_dict``; its eps enters before the bias correction, so that the first steps differ in the
     order of eps.
     """
 

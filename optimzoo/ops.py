@@ -46,7 +46,7 @@ def fused(name: str) -> Callable[..., None] | None:
 
     The op is ``optimzoo::fused_NAME_``; its arguments are the rule's own, in the same order (``csrc/fused.h``), each
     tensor a list over parameters, and ``weight_decay``, ``decoupled_weight_decay``, ``fixed_decay``, ``maximize``,
-    ``grad_scale``, ``found_inf``.
+    ``grad_scale``, ``found_inf`` and ``held`` (:class:`Held`).
     """
     packet = getattr(torch.ops.optimzoo, f"fused_{name}_", None)
     if packet is None:

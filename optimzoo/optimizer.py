@@ -43,9 +43,9 @@ _HOW = ("foreach", "fused", "capturable", "differentiable")
 
 # What hyper-parameters of these names may be, for every method: lower bound, upper bound, and how to say it.
 _RANGES = {
-    "lr": (0.0, math.inf, ">= 0"),
-    "eps": (0.0, math.inf, ">= 0"),
-    "weight_decay": (0.0, math.inf, ">= 0"),
+    "lr": (0.0, math.inf, "finite and >= 0"),
+    "eps": (0.0, math.inf, "finite and >= 0"),
+    "weight_decay": (0.0, math.inf, "finite and >= 0"),
     "momentum": (0.0, 1.0, "in [0, 1)"),
     "betas": (0.0, 1.0, "in [0, 1)"),
 }
@@ -66,11 +66,12 @@ class Rule:
 
     def __init__(self, name: str, update: Callable[..., None]) -> None:
         parameters = inspect.signature(update).parameters.values()
+        self.name = name
         self.update = update
         self.states = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][2:]
         self.hyper = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("lr", "step")]
         # A class of the user's that happens to share a name with one of ours must not get our op.
-        self.fused = ops.fused(name) if update.__module__.startswith("optimzoo.") else None
+        self.fused = ops.fused(name) if (update.__module__ or "").startswith("optimzoo.") else None
 
     def hyper_values(self, group: Group) -> dict[str, Any]:
         """The hyper-parameters of a group by the names that the update function has for them."""
@@ -120,7 +121,7 @@ class Tensorwise(Optimizer):
     Raises:
         TypeError: a hyper-parameter is not a number.
         ValueError: no parameters, parameters that are not leaves or not floating, a hyper-parameter out of range.
-        RuntimeError: from :meth:`step`, if a gradient or state does not fit its parameter; nothing has changed then.
+        RuntimeError: from ``step``, if a gradient or state does not fit its parameter; nothing has changed then.
 
     State and parameters are as they were after a step that raised because of its input. Gradients are never written to.
     Steps are counted per parameter: one that joins late starts at one. The state of 16-bit parameters is float32.
@@ -182,8 +183,9 @@ class Tensorwise(Optimizer):
         for index, param in enumerate(group["params"]):
             if not (param.is_floating_point() or param.is_complex()):
                 raise ValueError(f"params[{index}] must be floating-point or complex, got {param.dtype}")
-        betas = group.get("betas", ())
-        if not isinstance(betas, tuple | list) or len(betas) not in (0, 2):
+        check_flags(group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay")
+        betas = group.get("betas", (0, 0))
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for name, (low, high, allowed) in _RANGES.items():
             for value in betas if name == "betas" else [group[name]] if name in group else []:
@@ -218,21 +220,31 @@ class Tensorwise(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            known = len(self.state)
-            try:
-                calls = [call for group in self.param_groups for call in self._calls(group, self._gather(group))]
-                # A single fused call checks its tensors itself, and faster.
-                alone = len(calls) == 1 and calls[0][1] in ("fused", "held_lists") and len(self.state) == known
-                if not alone and not torch.compiler.is_compiling():
-                    for group, _, batch in calls:
-                        self._check_batch(group, batch)
-            except Exception:
-                for param in list(self.state)[known:]:
-                    del self.state[param]
-                raise
+            calls = self._checked_calls() if not torch.compiler.is_compiling() else self._all_calls()
             for group, backend, batch in calls:
                 getattr(self, "_" + backend)(group, batch)
         return loss
+
+    def _all_calls(self) -> list[tuple[Group, str, Batch]]:
+        return [call for group in self.param_groups for call in self._calls(group, self._gather(group))]
+
+    def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
+        """All calls of a step, after a look at what they are given; if that raises, no state has been made."""
+        known, empty = len(self.state), [row for row in self.state.values() if not row]
+        try:
+            calls = self._all_calls()
+            # A single native call checks its tensors itself, and faster.
+            native = len(calls) == 1 and calls[0][1] in ("fused", "held_lists")
+            if not native or empty or len(self.state) > known:
+                for group, _, batch in calls:
+                    self._check_batch(group, batch)
+        except Exception:
+            for row in empty:
+                row.clear()
+            for param in list(self.state)[known:]:
+                del self.state[param]
+            raise
+        return calls
 
     def _gather(self, group: Group) -> Batch:
         batch = Batch([], [], [], [[] for _ in self.rule(group).states])
@@ -331,6 +343,8 @@ class Tensorwise(Optimizer):
             step: Any = batch.steps[0].item()
         else:  # in float32 a bias correction of 1 - 0.999**step has four digits
             step = wrap([step.double() for step in batch.steps])
+        if _sharded_alike(batch.params[0], batch.grads[0], *(state[0] for state in batch.states)):
+            batch = batch.map(_local)
         if batch.params[0].is_complex():
             batch = batch.map(torch.view_as_real)
         dtype = batch.params[0].dtype
@@ -339,6 +353,8 @@ class Tensorwise(Optimizer):
         param, grad, *states = (wrap(column) for column in (params, [g.to(wide) for g in batch.grads], *batch.states))
 
         rule, lr, weight_decay = self.rule(group), self._lr(group), group["weight_decay"]
+        if isinstance(lr, Tensor):
+            lr = wrap([lr] * len(params))
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             grad = grad * (1 / scale.to(batch.grads[0].device))
@@ -348,7 +364,12 @@ class Tensorwise(Optimizer):
             param *= 1 - (weight_decay if group.get("fixed_decay") else lr * weight_decay)
         elif weight_decay != 0:
             grad = grad + weight_decay * param
-        rule.update(param, grad, *states, lr=lr, step=step, **rule.hyper_values(group))
+        # What autograd has saved of one step must not be written to by the next.
+        written = [state.clone() for state in states] if group["differentiable"] else states
+        rule.update(param, grad, *written, lr=lr, step=step, **rule.hyper_values(group))
+        if group["differentiable"]:
+            for state, value in zip(states, written, strict=True):
+                state.copy_(value)
         if wide is not dtype:
             torch._foreach_copy_(batch.params, params)
 
@@ -376,7 +397,7 @@ class Tensorwise(Optimizer):
         it does not hold stay as they are in this optimizer.
 
         Args:
-            state_dict: what :meth:`state_dict` returned, on any device and from any back-end.
+            state_dict: what ``state_dict`` returned, on any device and from any back-end.
 
         Raises:
             ValueError: groups, parameters or state that do not fit this optimizer; nothing has changed then.
@@ -404,6 +425,10 @@ class Tensorwise(Optimizer):
             if key not in state_dict:
                 raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
         saved, own = state_dict["param_groups"], self.param_groups
+        if not isinstance(saved, list) or not all(_is_saved_group(group) for group in saved):
+            raise ValueError("param_groups of state_dict must be a list of dictionaries, each with a list of names")
+        if not isinstance(state_dict["state"], dict):
+            raise ValueError(f"state of state_dict must be a dictionary, got {state_dict['state']!r}")
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
             return state_dict  # torch has an error for this
         groups = []
@@ -414,22 +439,25 @@ class Tensorwise(Optimizer):
             merged = {**groups[-1], "params": group["params"]}
             self.check_group(merged)
             for index, param in zip(saved_group["params"], group["params"], strict=True):
-                state = state_dict["state"].get(index)
-                if state:
+                state = state_dict["state"].get(index, {})
+                if state != {}:
                     self._check_state(f"parameter {index}", state, self.rule(merged).states, param)
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, owner: str, state: dict[str, Any], names: list[str], param: Tensor) -> None:
-        if not {"step", *names} <= state.keys():
-            has, needs = ", ".join(map(str, state)), ", ".join(["step", *names])
+        if not isinstance(state, dict) or not {"step", *names} <= state.keys():
+            has = ", ".join(map(str, state)) if isinstance(state, dict) else repr(state)
+            needs = ", ".join(["step", *names])
             raise ValueError(f"the state of {owner} has {has}; {type(self).__name__} needs {needs}")
         for name in names:
             if not isinstance(state[name], Tensor) or state[name].shape != param.shape:
                 got = tuple(state[name].shape) if isinstance(state[name], Tensor) else repr(state[name])
                 raise ValueError(f"{name} of {owner} must be a tensor of shape {tuple(param.shape)}, got {got}")
         step = state["step"]
-        if not isinstance(step, int | float | Tensor) or (isinstance(step, Tensor) and step.numel() != 1):
-            raise ValueError(f"step of {owner} must be one number, got {step!r}")
+        if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta:
+            step = step.item()
+        if not isinstance(step, int | float) or not 0 <= step < math.inf:
+            raise ValueError(f"step of {owner} must be one number >= 0, got {step!r}")
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and give it the form that the step works on."""
@@ -464,7 +492,7 @@ class Elementwise(Tensorwise):
             in memory, a gradient of the parameter's strides. ``True`` makes it an error if that cannot be.
 
     Raises:
-        RuntimeError: ``fused=True`` cannot be met, from the constructor or from :meth:`step`; the message says why.
+        RuntimeError: ``fused=True`` cannot be met, from the constructor or from ``step``; the message says why.
     """
 
     def __init__(
@@ -487,6 +515,7 @@ class Elementwise(Tensorwise):
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)
+        check_flags({name: group[name] for name in ("foreach", "fused") if group[name] is not None}, "foreach", "fused")
         if not group["fused"]:
             return
         if group["foreach"]:
@@ -503,7 +532,7 @@ class Elementwise(Tensorwise):
         if self.rule(group).fused is None:
             return ops.missing("cpu") or f"{type(self).__name__} has no native step"
         if isinstance(param, _SHARDED):
-            if any(_placements(tensor) != _placements(param) for tensor in others):
+            if not _sharded_alike(param, *others):
                 return "gradient or state are sharded in another way than the parameter"
             param, others = _local(param), tuple(_local(tensor) for tensor in others)
         elif type(param) not in _PLAIN:
@@ -515,6 +544,8 @@ class Elementwise(Tensorwise):
         for tensor in (param, *others):
             if tensor.layout is not torch.strided:
                 return "its gradient is sparse"
+            if tensor.device != param.device:
+                return "its gradient or state is on another device"
             if not tensor.is_contiguous():
                 break
         else:
@@ -543,7 +574,7 @@ class Elementwise(Tensorwise):
         usual = (
             usual
             and {param.dtype for param in batch.params} <= _FUSED_DTYPES
-            and len({param.device for param in batch.params}) == 1
+            and len({tensor.device for column in looked_at for tensor in column}) == 1
             and not ops.missing(batch.params[0].device.type)
         )
         if not usual:
@@ -567,7 +598,10 @@ class Elementwise(Tensorwise):
                 raise RuntimeError(f"fused=True cannot be met for a parameter of shape {tuple(param.shape)}: {reason}")
         if group["foreach"] is False or grad.layout is not torch.strided:
             return ("single",)
-        return ("foreach", param.device, param.dtype, step.item() if self._reads_steps(group) else None)
+        sharded = isinstance(param, _SHARDED)
+        if sharded and not _sharded_alike(param, grad, *states):
+            return ("single",)
+        return ("foreach", param.device, param.dtype, sharded, step.item() if self._reads_steps(group) else None)
 
     def _foreach(self, group: Group, batch: Batch) -> None:
         """Parameters of one device, dtype and step count, by calls over lists."""
@@ -614,8 +648,12 @@ def _local(tensor: Any) -> Tensor:
     return cast(Tensor, tensor.to_local())
 
 
-def _placements(tensor: Tensor) -> Any:
-    return getattr(tensor, "placements", None)
+def _sharded_alike(*tensors: Any) -> bool:
+    """Whether these are DTensors whose local parts can be updated each by itself."""
+    if not all(isinstance(tensor, _SHARDED) for tensor in tensors):
+        return False
+    placements = {tensor.placements for tensor in tensors}
+    return len(placements) == 1 and not any(placement.is_partial() for placement in placements.pop())
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
@@ -633,14 +671,29 @@ def warn(message: str) -> None:
 _warn_once = functools.cache(warn)
 
 
+def check_flags(group: Group, *names: str) -> None:
+    """Raise if one of these settings, where the group has it, is neither true nor false."""
+    for name in names:
+        if not isinstance(group.get(name, False), bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+
+
+def _is_saved_group(group: Any) -> bool:
+    names = group.get("params") if isinstance(group, dict) else None
+    return isinstance(names, list) and all(isinstance(name, int | str) for name in names)
+
+
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a block of memory, in whatever order of dimensions."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
+    strides, shape = tensor.stride(), tensor.shape
+    dims = [dim for dim in range(tensor.dim()) if shape[dim] > 1]
+    while dims:  # not sorted by stride: torch.compile cannot
+        innermost = [dim for dim in dims if strides[dim] == expected]
+        if len(innermost) != 1:
+            return False
+        expected *= shape[innermost[0]]
+        dims.remove(innermost[0])
     return True
 
 

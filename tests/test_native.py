@@ -4,22 +4,31 @@
 """
 
 import itertools
+import sys
 
 import pytest
 import torch
 
 import optimzoo
-from optimzoo import adabelief, ops
-from optimzoo.optimizer import Rule
+from optimzoo import ops
+from optimzoo.optimizer import Elementwise, Rule
 
-RULES = {
-    "diffgrad": optimzoo.DiffGrad._rule,
-    "adabelief": optimzoo.AdaBelief._rule,
-    "adabelief_amsgrad": adabelief._AMSGRAD,
-}
-HYPER = dict(beta1=0.9, beta2=0.99, eps=1e-8, variant=0, rectify=True, degenerated_to_sgd=True)
+CLASSES = [cls for cls in vars(optimzoo).values() if isinstance(cls, type) and issubclass(cls, Elementwise)]
+_found = [cls._rule for cls in CLASSES]
+_found += [rule for cls in CLASSES for rule in vars(sys.modules[cls.__module__]).values() if isinstance(rule, Rule)]
+RULES = {rule.name: rule for rule in _found if rule.fused}
 SETTINGS = dict(weight_decay=0.0, decoupled_weight_decay=True, fixed_decay=False, maximize=False)
 STATE_DTYPE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
+def hyper(rule: Rule) -> dict[str, float]:
+    """The defaults of the class that a rule belongs to."""
+    (group,) = (
+        cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+        for cls in CLASSES
+        if rule is cls._rule or rule in vars(sys.modules[cls.__module__]).values()
+    )
+    return rule.hyper_values(group)
 
 
 def arguments(rule: Rule, shapes=((3, 4), (0,), (17,), ()), dtype=torch.float32, step=1.0, lr=1e-2, **settings):
@@ -28,9 +37,9 @@ def arguments(rule: Rule, shapes=((3, 4), (0,), (17,), ()), dtype=torch.float32,
     columns = [[torch.randn(s, generator=draw).to(dtype) for s in shapes] for _ in range(2)]
     wide = STATE_DTYPE.get(dtype, dtype)
     columns += [[torch.rand(s, generator=draw).to(wide) for s in shapes] for _ in rule.states]
-    hyper = {name: HYPER[name] for name in rule.hyper}
     steps = [torch.tensor(step) for _ in shapes]
-    return columns, dict(lr=torch.tensor(lr, dtype=torch.float64), step=steps, **hyper, **{**SETTINGS, **settings})
+    lr = torch.tensor(lr, dtype=torch.float64)
+    return columns, dict(lr=lr, step=steps, **hyper(rule), **{**SETTINGS, **settings})
 
 
 def test_both_libraries_are_where_the_environment_allows_them():
