@@ -14,7 +14,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench report runs --html runs/report.html
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -q
 
 step: $(VENV)/peers
 	$(BIN)/python -m bench.step --md

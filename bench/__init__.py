@@ -1,0 +1,1 @@
+"""Benchmarks of optimizers on small real tasks: ``python -m bench --help``."""
