@@ -131,7 +131,7 @@ class AdaBelief(Elementwise):
         correction2 = 1 - beta2**step
         size = lr / (1 - beta1**step)
         if not rectify:
-            param -= size * exp_avg / (exp_avg_var.sqrt() / sqrt(correction2) + eps)
+            param -= (exp_avg / (exp_avg_var.sqrt() / sqrt(correction2)).add_(eps)).mul_(size)
             return
         move = size * exp_avg if degenerated_to_sgd else 0.0
         rho_inf = 2 / (1 - beta2) - 1
@@ -139,7 +139,7 @@ class AdaBelief(Elementwise):
             rho = rho_inf - 2 * step * beta2**step / correction2
             bounded = at_least(rho, 5.0)  # where rho is less the root is not used, and might not exist
             root = (bounded - 4) * (bounded - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * bounded) * correction2
-            move = where(rho >= 5, size * sqrt(root) * exp_avg / (exp_avg_var.sqrt() + eps), move)
+            move = where(rho >= 5, (exp_avg / (exp_avg_var.sqrt() + eps)).mul_(size * sqrt(root)), move)
         param -= move
 
 
@@ -165,7 +165,8 @@ def _update_amsgrad(
     """The same with the running maximum of the variance (Reddi et al., AMSGrad, 2018)."""
     _average(grad, exp_avg, exp_avg_var, beta1, beta2, eps)
     max_exp_avg_var.clamp_min_(exp_avg_var)
-    param -= lr / (1 - beta1**step) * exp_avg / (max_exp_avg_var.sqrt() / sqrt(1 - beta2**step) + eps)
+    denominator = (max_exp_avg_var.sqrt() / sqrt(1 - beta2**step)).add_(eps)
+    param -= (exp_avg / denominator).mul_(lr / (1 - beta1**step))
 
 
 _AMSGRAD = Rule("adabelief_amsgrad", _update_amsgrad)

@@ -97,11 +97,11 @@ class DiffGrad(Elementwise):
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         difference = previous_grad - grad
         if variant == 0:
-            friction = difference.abs().sigmoid()
+            friction = difference.abs_().sigmoid()
         elif variant == 1:
             friction = difference.sigmoid()
         else:
-            friction = (difference.abs() * 0.5).sigmoid() * 9 - 4
-        denominator = exp_avg_sq.sqrt() / sqrt(1 - beta2**step) + eps
-        param -= lr / (1 - beta1**step) * friction * exp_avg / denominator
+            friction = (difference.abs_() * 0.5).sigmoid() * 9 - 4
+        denominator = (exp_avg_sq.sqrt() / sqrt(1 - beta2**step)).add_(eps)
+        param -= (friction * exp_avg).div_(denominator).mul_(lr / (1 - beta1**step))
         previous_grad.copy_(grad)

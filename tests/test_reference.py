@@ -124,8 +124,9 @@ def test_state_is_laid_out_in_memory_like_its_parameter(case, settings):
             assert name == "step" or value.stride() == param.stride(), name
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @each_setting
-def test_autograd_differentiates_a_differentiable_step(case, settings):
+def test_autograd_differentiates_differentiable_steps(case, settings, count):
     # Steps are counted from seven, where every branch of a warm-up is passed, and state is positive, so that no
     # coordinate sits at a kink of the friction or the root.
     start, grad, lr = normal(1, 3), normal(2, 3), torch.tensor(0.1, dtype=torch.float64)
@@ -138,7 +139,9 @@ def test_autograd_differentiates_a_differentiable_step(case, settings):
         optimizer = case.cls([param], **{**settings, "lr": lr}, differentiable=True)
         rows = {name: value.clone() for name, value in zip(names, state, strict=True)}
         optimizer.state[param].update(step=torch.tensor(7.0), **rows)
-        optimizer.step()
+        for _ in range(count):
+            optimizer.step()
+            param.grad = param.grad * 1.5 + 0.1
         return param, *rows.values()
 
     inputs = [start, grad, lr, *(normal(3 + i, 3).abs() + 0.5 for i in range(len(names)))]
