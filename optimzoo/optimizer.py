@@ -288,29 +288,23 @@ class Tensorwise(Optimizer):
 
     def _check_batch(self, group: Group, batch: Batch) -> None:
         """Raise if something does not fit, before anything is written."""
-        names = self.rule(group).states
+        names = ["gradient", *self.rule(group).states]
         for param, grad, _, *states in zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True):
-            shape = tuple(param.shape)
+            owner = f"a parameter of shape {tuple(param.shape)}"
             if grad.layout is not torch.strided:
                 if not self.sparse:
-                    name = type(self).__name__
-                    raise RuntimeError(f"{name} does not take sparse gradients (parameter of shape {shape})")
+                    raise RuntimeError(f"{type(self).__name__} does not take sparse gradients ({owner} has one)")
                 if group["weight_decay"] != 0:
-                    raise RuntimeError(f"weight_decay does not go with sparse gradients (parameter of shape {shape})")
-            if 0 in param.stride() and param.numel() > 1:
-                raise RuntimeError(f"a parameter of shape {shape} is expanded: its elements share memory; clone it")
-            for name, tensor in zip(["gradient", *names], [grad, *states], strict=True):
-                dtype = param.dtype if name == "gradient" else _STATE_DTYPE.get(param.dtype, param.dtype)
-                for what, got, expected in (
-                    ("shape", tuple(tensor.shape), shape),
-                    ("dtype", tensor.dtype, dtype),
-                    ("device", tensor.device, param.device),
-                ):
-                    if got != expected:
-                        raise RuntimeError(
-                            f"the {name} of a parameter of shape {shape}, {param.dtype} on {param.device} "
-                            f"has {what} {got}, must be {expected}"
-                        )
+                    raise RuntimeError(f"weight_decay does not go with sparse gradients ({owner} has one)")
+            if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+                raise RuntimeError(f"{owner} is expanded: its elements share memory; clone it")
+            dtypes = [param.dtype] + [_STATE_DTYPE.get(param.dtype, param.dtype)] * len(states)
+            for name, tensor, dtype in zip(names, [grad, *states], dtypes, strict=True):
+                if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
+                    raise RuntimeError(
+                        f"the {name} of {owner} must have that shape, dtype {dtype} and device {param.device}, "
+                        f"got shape {tuple(tensor.shape)}, dtype {tensor.dtype} and device {tensor.device}"
+                    )
 
     # Back-ends
 
