@@ -19,10 +19,13 @@ test: $(VENV)/ready
 step: $(VENV)/peers
 	$(BIN)/python -m bench.step --md
 
-# The wheel that was built against one torch, in an environment with another.
+# The wheel that was built against one torch, in an environment with another; away from the sources, so that it is the
+# wheel that is tested.
 test-abi: wheel $(ABI_VENV)/ready
 	$(ABI_VENV)/bin/pip install -q --no-deps --force-reinstall dist/optimzoo-*.whl
-	cd tests && ../$(ABI_VENV)/bin/pytest -o pythonpath=. test_native.py test_reference.py
+	rm -rf build/abi && mkdir -p build/abi && cp -r tests setup.cfg build/abi
+	cd build/abi && ../../$(ABI_VENV)/bin/python -P -c "import optimzoo; print(optimzoo.__file__)" | grep site-packages
+	cd build/abi && ../../$(ABI_VENV)/bin/pytest -q tests/test_native.py tests/test_reference.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -50,7 +50,9 @@ def duration(text: str) -> float:
 
 def workers(text: str) -> int:
     """A number of processes, or as many as this process may use cores."""
-    return len(os.sched_getaffinity(0)) if text == "auto" else positive(text)
+    if text != "auto":
+        return positive(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", help="train; goes on where an earlier call stopped", epilog=EXITS)
     add = command.add_argument
     add("--tasks", type=names, default=list(TASKS), help="comma-separated; default: all")
-    add("--methods", type=names, default=list(methods.METHODS), help="also package.module:Class; default: all five")
+    add(
+        "--methods",
+        type=names,
+        default=list(methods.METHODS),
+        help="also package.module:Class; default: all that are listed",
+    )
     add("--ruleset", choices=RULESETS, default=rules.ruleset, help=f"default: {rules.ruleset}")
     add("--trials", type=positive, default=rules.trials, help=f"learning rates tried; default: {rules.trials}")
     add("--tune-seeds", type=positive, default=rules.tune_seeds, help=f"for each; default: {rules.tune_seeds}")

@@ -65,7 +65,7 @@ class OptSpec:
     def package(self) -> str:
         """Package and version that the optimizer comes from; a run of another version is another run."""
         built = self.build.load() if isinstance(self.build, Imported) else self.build
-        name = built.__module__.partition(".")[0]
+        name = built.__module__.partition(".")[0].replace(__package__, "torch")  # ours below are torch's, varied
         return f"{name} {package_version(name)}"
 
 
@@ -80,6 +80,13 @@ def rung_value(rung: int) -> float:
     return float(f"{(1, 3)[rung % 2]}e{rung // 2}")
 
 
+class HalfAdam(torch.optim.Adam):
+    """Adam at half of the learning rate it is given: what diffGrad is where gradients are small or steady."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
+        super().__init__(params, lr=lr / 2, **settings)
+
+
 ADAM_LIKE = {"lr": 3e-3}
 SGD_LIKE = {"lr": 3e-2}
 
@@ -88,6 +95,7 @@ METHODS: dict[str, OptSpec] = {
     for spec in (
         OptSpec("sgd", Imported("torch.optim:SGD"), SGD_LIKE, {"lr": 0.1, "momentum": 0.9}),
         OptSpec("adam", Imported("torch.optim:Adam"), ADAM_LIKE, {"lr": 1e-3}),
+        OptSpec("adam-half", Imported("bench.methods:HalfAdam"), ADAM_LIKE, {"lr": 1e-3}),
         OptSpec("adamw", Imported("torch.optim:AdamW"), ADAM_LIKE, {"lr": 1e-3}),
         OptSpec("diffgrad", Imported("optimzoo:DiffGrad"), ADAM_LIKE, {"lr": 1e-3}),
         OptSpec("adabelief", Imported("optimzoo:AdaBelief"), ADAM_LIKE, {"lr": 1e-3}),

@@ -166,7 +166,7 @@ template <template <typename> class Rule>
 struct Call {
   static constexpr int N = num_states<Rule>, H = num_hyper<Rule>;
   std::vector<List> taken;           // param, grad, the states, step
-  std::shared_ptr<const List> held;  // or all of them but grad, one after the other
+  std::shared_ptr<const List> held;  // or the states and step, one after the other
   Handle lr, grad_scale, found_inf;
   double hyper[H];
   double weight_decay;
@@ -227,13 +227,13 @@ struct Call {
   }
 
   void read_items(int32_t device_type) {
-    const size_t count = taken[1].size();
+    const size_t count = taken[0].size();
     const Handle* lists[N + 3];
     for (int list = 0; list < N + 3; ++list) {
-      const bool is_held = held && list != 1;
-      const size_t size = is_held ? held->size() / (N + 2) : taken[list].size();
-      if (size != count) fail(list_name(list), " holds ", size, " tensors, grad ", count);
-      lists[list] = is_held ? held->data() + (list == 0 ? 0 : list - 1) * count : taken[list].data();
+      const bool is_held = held && list > 1;
+      const size_t size = is_held ? held->size() / (N + 1) : taken[list].size();
+      if (size != count) fail(list_name(list), " holds ", size, " tensors, param ", count);
+      lists[list] = is_held ? held->data() + (list - 2) * count : taken[list].data();
     }
     items.reserve(count);
     for (size_t i = 0; i < count; ++i) {
@@ -258,6 +258,7 @@ struct Call {
           fail(list_name(list), "[", i, "] has another shape than its parameter");
         if (!step && !facts.same_strides(param))
           fail(list_name(list), "[", i, "] has other strides than its parameter");
+        if (facts.data == nullptr && facts.numel > 0) fail(list_name(list), "[", i, "] has no memory");
         if (list == 0)
           item.param = facts.data;
         else if (list == 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,20 +44,18 @@ def _find_torch() -> tuple[Path, bool] | str:
 def _commands(folder: Path) -> list[list[str]]:
     """The compiler calls that make the native libraries in ``folder``; says what is left out and why."""
     torch = _find_torch()
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if isinstance(torch, str):
         print(f"optimzoo: no native libraries: {torch}")
         return []
-    if "CXX" in os.environ and not shutil.which(os.environ["CXX"]):
-        compiler = None
-    if compiler is None or os.name == "nt":
-        print("optimzoo: no native libraries: no C++ compiler that takes GCC's options")
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or "g++"]  # CXX may be "ccache g++"
+    if not shutil.which(compiler[0]) or os.name == "nt":
+        print(f"optimzoo: no native libraries: no C++ compiler that takes GCC's options ({compiler[0]})")
         return []
     path, has_cuda = torch
     include = ["-isystem", str(path / "include")]
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [f"-L{path / 'lib'}", "-ltorch_cpu"]
     sources = [str(_CSRC / name) for name in ("library.cpp", "cpu.cpp")]
-    commands = [[compiler, *FLAGS, *_CXX_FLAGS, "-shared", *include, *sources, "-o", str(folder / "_C.so"), *link]]
+    commands = [[*compiler, *FLAGS, *_CXX_FLAGS, "-shared", *include, *sources, "-o", str(folder / "_C.so"), *link]]
     nvcc = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")) or shutil.which(
         "nvcc"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -98,8 +99,11 @@ class AdaBelief(Elementwise):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_flags(group, "amsgrad", "rectify", "degenerated_to_sgd")
-        if group["eps"] == 0:
-            raise ValueError("eps must be > 0, got 0: a coordinate that never had a gradient would be 0 / 0")
+        doubles = {param.dtype for param in group["params"]} <= {torch.float64, torch.complex128}
+        if group["eps"] < (torch.finfo(torch.float64) if doubles else torch.finfo(torch.float32)).tiny:
+            raise ValueError(
+                f"eps must be > 0 in the state's precision, got {group['eps']!r}: 0 / 0 without a gradient"
+            )
         if group["amsgrad"] and group["rectify"]:
             raise ValueError("amsgrad=True has no rectified form: pass rectify=False")
         if group["fixed_decay"] and not group["decoupled_weight_decay"]:

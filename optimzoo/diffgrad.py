@@ -75,7 +75,7 @@ class DiffGrad(Elementwise):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        if group["variant"] not in (0, 1, 2):
+        if type(group["variant"]) is not int or group["variant"] not in (0, 1, 2):
             raise ValueError(f"variant must be 0, 1 or 2, got {group['variant']!r}")
 
     @staticmethod

@@ -19,9 +19,8 @@ def _load(library: str) -> str:
     """Load a library of this package; the answer is why that could not be, or nothing."""
     path = Path(__file__).with_name(library + ".so")
     if not path.exists():
-        return (
-            f"optimzoo was installed without {path.name}: no compiler (or, for CUDA, no nvcc and CUDA build of torch)"
-        )
+        tool = "nvcc, or torch had no CUDA" if library == "_C_cuda" else "C++ compiler"
+        return f"optimzoo was installed without {path.name}: when it was built there was no torch, or no {tool}"
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # untyped in torch 2.14
     except OSError as error:  # a torch older than the library's target, or another platform
@@ -73,7 +72,8 @@ class Held:
     a tensor whose ``data`` is replaced is seen as it is.
 
     Args:
-        columns: lists of one length; an op's own lists but the gradients, in its order.
+        columns: lists of one length: the states, in an op's order, and the steps. Parameters are not among them: torch
+            swaps those for others (``torch.utils.swap_tensors``) only while nobody else holds them.
     """
 
     def __init__(self, columns: tuple[list[Tensor], ...]) -> None:

@@ -230,6 +230,10 @@ class Tensorwise(Optimizer):
 
     def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
         """All calls of a step, after a look at what they are given; if that raises, no state has been made."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if not isinstance(lr, int | float) and not (isinstance(lr, Tensor) and lr.numel() == 1):
+                raise TypeError(f"lr must be a number or a tensor of one element, got {lr!r}")
         known, empty = len(self.state), [row for row in self.state.values() if not row]
         try:
             calls = self._all_calls()
@@ -255,6 +259,8 @@ class Tensorwise(Optimizer):
         """How a group is updated: batches and the back-ends that take them."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for index, row in enumerate(zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True)):
+            if not isinstance(row[2], Tensor):
+                raise RuntimeError(f"the step of a parameter must be a tensor, got {row[2]!r}")
             buckets.setdefault(self._bucket(group, *row), []).append(index)
         return [(group, bucket[0], batch.pick(indices)) for bucket, indices in buckets.items()]
 
@@ -288,8 +294,7 @@ class Tensorwise(Optimizer):
 
     def _check_batch(self, group: Group, batch: Batch) -> None:
         """Raise if something does not fit, before anything is written."""
-        names = ["gradient", *self.rule(group).states]
-        for param, grad, _, *states in zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True):
+        for param, grad, step, *states in zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True):
             owner = f"a parameter of shape {tuple(param.shape)}"
             if grad.layout is not torch.strided:
                 if not self.sparse:
@@ -298,13 +303,13 @@ class Tensorwise(Optimizer):
                     raise RuntimeError(f"weight_decay does not go with sparse gradients ({owner} has one)")
             if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
                 raise RuntimeError(f"{owner} is expanded: its elements share memory; clone it")
-            dtypes = [param.dtype] + [_STATE_DTYPE.get(param.dtype, param.dtype)] * len(states)
-            for name, tensor, dtype in zip(names, [grad, *states], dtypes, strict=True):
-                if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
-                    raise RuntimeError(
-                        f"the {name} of {owner} must have that shape, dtype {dtype} and device {param.device}, "
-                        f"got shape {tuple(tensor.shape)}, dtype {tensor.dtype} and device {tensor.device}"
-                    )
+            if step.numel() != 1 or step.dtype != torch.float32:
+                raise RuntimeError(f"the step of {owner} must be one float32 number, got {step!r}")
+            _check_twin("gradient", owner, grad, param, param.dtype)
+            self._check_states(group, owner, param, states)
+
+    def _check_states(self, group: Group, owner: str, param: Tensor, states: list[Tensor]) -> None:
+        """Raise if a parameter's state is not what its rule works on; a whole-tensor method knows what its is."""
 
     # Back-ends
 
@@ -396,6 +401,8 @@ class Tensorwise(Optimizer):
         Raises:
             ValueError: groups, parameters or state that do not fit this optimizer; nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
         loaded: dict[str, Any] = {}
 
         def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -444,14 +451,29 @@ class Tensorwise(Optimizer):
             needs = ", ".join(["step", *names])
             raise ValueError(f"the state of {owner} has {has}; {type(self).__name__} needs {needs}")
         for name in names:
-            if not isinstance(state[name], Tensor) or state[name].shape != param.shape:
-                got = tuple(state[name].shape) if isinstance(state[name], Tensor) else repr(state[name])
-                raise ValueError(f"{name} of {owner} must be a tensor of shape {tuple(param.shape)}, got {got}")
+            like, value = self.init(name, param), state[name]
+            kind = "complex" if like.is_complex() else "floating-point"
+            fits = isinstance(value, Tensor) and value.shape == like.shape and value.layout is torch.strided
+            if (
+                not fits
+                or value.is_meta
+                or (value.is_floating_point(), value.is_complex())
+                != (
+                    like.is_floating_point(),
+                    like.is_complex(),
+                )
+            ):
+                got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"{name} of {owner} must be a {kind} tensor of shape {tuple(like.shape)}, got {got}")
         step = state["step"]
         if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta:
             step = step.item()
-        if not isinstance(step, int | float) or not 0 <= step < math.inf:
-            raise ValueError(f"step of {owner} must be one number >= 0, got {step!r}")
+        if (
+            isinstance(step, bool)
+            or not isinstance(step, int | float)
+            or not (0 <= step < math.inf and step == int(step))
+        ):
+            raise ValueError(f"step of {owner} must be a whole number >= 0, got {step!r}")
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and give it the form that the step works on."""
@@ -546,7 +568,7 @@ class Elementwise(Tensorwise):
             return ""
         if not _is_dense(param):
             return "it does not fill its memory without gaps or overlap"
-        if any(tensor.stride() != param.stride() for tensor in others):
+        if any(not _same_strides(tensor, param) for tensor in others):
             return "gradient or state have other strides than the parameter"
         return ""
 
@@ -557,11 +579,14 @@ class Elementwise(Tensorwise):
     def _calls(self, group: Group, batch: Batch) -> list[tuple[Group, str, Batch]]:
         # The usual case, by columns: for a thousand small tensors a look at each would cost more than their step.
         fuses = self._wants_fused(group) and self.rule(group).fused is not None and not group["differentiable"]
-        if not fuses or not batch.params or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return super()._calls(group, batch)
+        if not fuses or not batch.params:
+            self._held.pop(id(group), None)
             return super()._calls(group, batch)
         held = self._held.get(id(group))
-        known = held is not None and held.holds((batch.params, *batch.states, batch.steps))
-        looked_at = (batch.params, batch.grads, *(() if known else batch.states))
+        known = held is not None and held.holds((*batch.states, batch.steps))
+        looked_at = (batch.params, batch.grads, *(() if known else (*batch.states, batch.steps)))
         usual = all({*map(type, column)} <= _PLAIN and all(map(Tensor.is_contiguous, column)) for column in looked_at)
         if usual and known:
             return [(group, "held_lists", batch)]
@@ -572,9 +597,10 @@ class Elementwise(Tensorwise):
             and not ops.missing(batch.params[0].device.type)
         )
         if not usual:
+            self._held.pop(id(group), None)
             return super()._calls(group, batch)
         if batch.params[0].is_cpu:
-            self._held[id(group)] = ops.Held((batch.params, *batch.states, batch.steps))
+            self._held[id(group)] = ops.Held((*batch.states, batch.steps))
         return [(group, "fused", batch)]
 
     def _wants_fused(self, group: Group) -> bool:
@@ -597,6 +623,10 @@ class Elementwise(Tensorwise):
             return ("single",)
         return ("foreach", param.device, param.dtype, sharded, step.item() if self._reads_steps(group) else None)
 
+    def _check_states(self, group: Group, owner: str, param: Tensor, states: list[Tensor]) -> None:
+        for name, state in zip(self.rule(group).states, states, strict=True):
+            _check_twin(name, owner, state, param, _STATE_DTYPE.get(param.dtype, param.dtype))
+
     def _foreach(self, group: Group, batch: Batch) -> None:
         """Parameters of one device, dtype and step count, by calls over lists."""
         self._update(group, batch, wrap=TensorList)
@@ -611,8 +641,8 @@ class Elementwise(Tensorwise):
         self._call_fused(group, params, [batch.params, batch.grads, *batch.states], batch.steps)
 
     def _held_lists(self, group: Group, batch: Batch) -> None:
-        """The same, when the native side has seen all but the gradients before."""
-        lists = [[], batch.grads, *([] for _ in batch.states)]
+        """The same, when the native side has the state already."""
+        lists = [batch.params, batch.grads, *([] for _ in batch.states)]
         self._call_fused(group, batch.params, lists, [], held=self._held[id(group)].number)
 
     def _call_fused(
@@ -621,7 +651,7 @@ class Elementwise(Tensorwise):
         device, lr, rule = params[0].device, group["lr"], self.rule(group)
         assert rule.fused is not None  # else _bucket had chosen another back-end
         if not isinstance(lr, Tensor):
-            lr = torch.tensor(lr, dtype=torch.float64)
+            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # wherever tensors are made by default
         rule.fused(
             *lists,
             lr=lr if lr.is_cpu else lr.to(device),
@@ -638,6 +668,14 @@ class Elementwise(Tensorwise):
             torch.autograd.graph.increment_version(params)
 
 
+def _check_twin(name: str, owner: str, tensor: Tensor, param: Tensor, dtype: torch.dtype) -> None:
+    if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
+        raise RuntimeError(
+            f"the {name} of {owner} must have that shape, dtype {dtype} and device {param.device}, "
+            f"got shape {tuple(tensor.shape)}, dtype {tensor.dtype} and device {tensor.device}"
+        )
+
+
 def _local(tensor: Any) -> Tensor:
     return cast(Tensor, tensor.to_local())
 
@@ -651,13 +689,13 @@ def _sharded_alike(*tensors: Any) -> bool:
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return None if tensor is None else tensor.to(device, torch.float32)
 
 
 def warn(message: str) -> None:
     """Warn at the line of the user's that led here."""
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("optimzoo", "torch"):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("optimzoo", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
@@ -675,6 +713,12 @@ def check_flags(group: Group, *names: str) -> None:
 def _is_saved_group(group: Any) -> bool:
     names = group.get("params") if isinstance(group, dict) else None
     return isinstance(names, list) and all(isinstance(name, int | str) for name in names)
+
+
+def _same_strides(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; the stride of a dimension of size one means nothing."""
+    rows = zip(one.stride(), other.stride(), other.shape, strict=False)
+    return one.dim() == other.dim() and all(a == b or size == 1 for a, b, size in rows)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from runs import advance, copies, gradients, parameters, saved, snapshot
 from torch.optim import SGD, Adam
 
+import optimzoo
 from optimzoo.optimizer import Elementwise, Tensorwise
 
 # Hyper-parameters
@@ -509,3 +510,56 @@ def test_a_tensorwise_subclass_is_checked_too():
         Halve([torch.zeros(2, requires_grad=True)], dict(lr=-1.0))
     with pytest.raises(ValueError, match=r"params\[0\].*int64"):
         Halve([torch.zeros(2, dtype=torch.int64)], dict(lr=0.1))
+
+
+@pytest.mark.parametrize("wrong", ["step", "lr"])
+def test_what_is_wrong_in_the_last_group_is_found_before_the_first_is_updated(wrong):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = optimzoo.DiffGrad([{"params": [param]} for param in params])
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    if wrong == "step":
+        optimizer.state[params[1]]["step"] = optimizer.state[params[1]]["step"].double()
+    else:
+        optimizer.param_groups[1]["lr"] = "fast"
+    before = params[0].detach().clone()
+    with pytest.raises((RuntimeError, TypeError), match=wrong):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "average", [torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.int64), torch.ones(3, device="meta")]
+)
+def test_an_average_that_cannot_be_one_is_refused_before_anything_is_loaded(average):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = optimzoo.AdaBelief([param])
+    optimizer.step()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][0]["exp_avg"] = average
+    state_dict["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 must be a floating-point tensor"):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_parameters_can_be_swapped_between_steps():
+    model = torch.nn.Linear(3, 2)
+    optimizer = optimzoo.DiffGrad(model.parameters())
+    for _ in range(3):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other = torch.nn.Parameter(torch.zeros(2, 3))
+    torch.utils.swap_tensors(model.weight, other)
+
+
+def test_a_default_device_is_not_where_learning_rates_go():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with torch.device("meta"):
+        optimzoo.DiffGrad([param], lr=1.0).step()
+    assert not torch.equal(param, torch.ones(3))

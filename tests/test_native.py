@@ -42,9 +42,35 @@ def arguments(rule: Rule, shapes=((3, 4), (0,), (17,), ()), dtype=torch.float32,
     return columns, dict(lr=lr, step=steps, **hyper(rule), **{**SETTINGS, **settings})
 
 
-def test_both_libraries_are_where_the_environment_allows_them():
+def test_the_library_of_this_environment_is_loaded_and_others_say_why_not():
     assert ops.missing("cpu") == ""
-    assert "cuda" in ops.missing("meta") or "meta" in ops.missing("meta")
+    assert ops.missing("meta") == "there are no fused steps for meta"
+    assert (torch.version.cuda is None) == (ops.missing("cuda") == "this build of torch has no CUDA")
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("beta2", [0.999, 0.99999])
+def test_averages_in_float32_are_exact_to_rounding_for_betas_near_one(name, beta2):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        args, kwargs = arguments(RULES[name], shapes=[(1000,)], dtype=dtype, step=0.0)
+        args[0] = [args[0][0].float().to(dtype)]
+        args[1] = [args[1][0].float().to(dtype)]
+        for state in args[2:]:
+            state[0].zero_()
+        kwargs.update(beta2=beta2, eps=1e-30)
+        for _ in range(3):
+            RULES[name].fused(*args, **kwargs)
+        results.append([state[0].double() for state in args[2:]])
+    for narrow, wide in zip(*results, strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=2e-6, atol=0)
+
+
+def test_memory_that_was_given_back_is_an_error():
+    args, kwargs = arguments(RULES["diffgrad"])
+    args[1][0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"grad\[0\] has no memory"):
+        RULES["diffgrad"].fused(*args, **kwargs)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -108,19 +134,19 @@ def test_held_lists_are_the_lists_and_follow_a_replaced_data():
     rule = RULES["diffgrad"]
     args, kwargs = arguments(rule)
     plain, plain_kwargs = arguments(rule)
-    held = ops.Held((args[0], *args[2:], kwargs["step"]))
+    held = ops.Held((*args[2:], kwargs["step"]))
     rest = {**kwargs, "step": [], "held": held.number}
     for round_ in range(3):
         if round_ == 1:
-            args[0][2].data = args[0][2].data.clone()  # another address
-        rule.fused([], args[1], *([] for _ in rule.states), **rest)
+            args[3][2].data = args[3][2].data.clone()  # another address
+        rule.fused(args[0], args[1], *([] for _ in rule.states), **rest)
         rule.fused(*plain, **plain_kwargs)
     for one, other in zip(itertools.chain(*args), itertools.chain(*plain), strict=True):
         assert torch.equal(one, other)
     number = held.number
     del held
     with pytest.raises(RuntimeError, match="nothing is held"):
-        rule.fused([], args[1], *([] for _ in rule.states), **{**rest, "held": number})
+        rule.fused(args[0], args[1], *([] for _ in rule.states), **{**rest, "held": number})
 
 
 def _replace(column, index, value):
@@ -132,7 +158,7 @@ def _replace(column, index, value):
 
 
 WRONG = {
-    "a list too short": (lambda args, kwargs: args[1].pop(), "param holds 4 tensors, grad 3"),
+    "a list too short": (lambda args, kwargs: args[1].pop(), "grad holds 3 tensors, param 4"),
     "a state of another shape": (_replace(2, 0, lambda t: t[:2]), r"exp_avg\[0\] has another shape"),
     "a gradient of another dtype": (_replace(1, 2, lambda t: t.double()), r"grad\[2\] is float64, must be float32"),
     "an integer parameter": (_replace(0, 2, lambda t: t.int()), r"param\[2\] must be a strided float32"),

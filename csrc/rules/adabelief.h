@@ -9,14 +9,14 @@ struct AdaBelief {
   static constexpr const char* name = "adabelief";
   static constexpr const char* states[] = {"exp_avg", "exp_avg_var"};
   static constexpr const char* hyper[] = {"beta1", "beta2", "eps", "rectify", "degenerated_to_sgd"};
-  T beta1, beta2, eps, step_size, root_correction;
+  T weight1, beta2, weight2, eps, step_size, root_correction;
   bool moves = true, adaptive = true;
 
   OZ_FN AdaBelief(double lr, const double* h, double step)
       : AdaBelief(lr, h[0], h[1], h[2], h[3] != 0, h[4] != 0, step) {}
 
   OZ_FN AdaBelief(double lr, double b1, double b2, double epsilon, bool rectify, bool degenerated_to_sgd, double step)
-      : beta1(b1), beta2(b2), eps(epsilon) {
+      : weight1(1 - b1), beta2(b2), weight2(1 - b2), eps(epsilon) {
     const double correction2 = 1 - power(b2, step);
     double size = lr / (1 - power(b1, step));
     root_correction = 1 / sqrt(correction2);
@@ -34,9 +34,9 @@ struct AdaBelief {
   }
 
   OZ_FN void average(T grad, T& exp_avg, T& exp_avg_var) const {
-    exp_avg = lerp(grad, exp_avg, beta1);
+    exp_avg = lerp(grad, exp_avg, weight1);
     const T residual = grad - exp_avg;
-    exp_avg_var = beta2 * exp_avg_var + (1 - beta2) * residual * residual + eps;  // eps stays in the state
+    exp_avg_var = beta2 * exp_avg_var + weight2 * residual * residual + eps;  // eps stays in the state
   }
 
   OZ_FN void operator()(T& param, T grad, T& exp_avg, T& exp_avg_var) const {

@@ -9,12 +9,13 @@ struct DiffGrad {
   static constexpr const char* name = "diffgrad";
   static constexpr const char* states[] = {"exp_avg", "exp_avg_sq", "previous_grad"};
   static constexpr const char* hyper[] = {"beta1", "beta2", "eps", "variant"};
-  T beta1, beta2, eps, step_size, root_correction, slope, height, base;
+  T weight1, beta2, weight2, eps, step_size, root_correction, slope, height, base;
   bool keep_sign;
 
   OZ_FN DiffGrad(double lr, const double* h, double step)
-      : beta1(h[0]),
+      : weight1(1 - h[0]),
         beta2(h[1]),
+        weight2(1 - h[1]),
         eps(h[2]),
         step_size(lr / (1 - power(h[0], step))),
         root_correction(1 / sqrt(1 - power(h[1], step))),
@@ -24,8 +25,8 @@ struct DiffGrad {
         keep_sign(h[3] == 1) {}
 
   OZ_FN void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& previous_grad) const {
-    exp_avg = lerp(grad, exp_avg, beta1);
-    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad;
+    exp_avg = lerp(grad, exp_avg, weight1);
+    exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad;
     const T difference = previous_grad - grad;
     // sigmoid(x) from exp(-|x|), which never overflows
     const T tail = exp_neg(slope * std::abs(difference));

@@ -9,12 +9,12 @@ struct Signum {
   static constexpr const char* name = "signum";
   static constexpr const char* states[] = {"exp_avg"};
   static constexpr const char* hyper[] = {"momentum"};
-  T lr, momentum;
+  T lr, weight;
 
-  OZ_FN Signum(double lr_, const double* h, double /*step*/) : lr(lr_), momentum(h[0]) {}
+  OZ_FN Signum(double lr_, const double* h, double /*step*/) : lr(lr_), weight(1 - h[0]) {}
 
   OZ_FN void operator()(T& param, T grad, T& exp_avg) const {
-    exp_avg = lerp(grad, exp_avg, momentum);
+    exp_avg = lerp(grad, exp_avg, weight);
     param -= lr * sign(exp_avg);
   }
 };

@@ -129,11 +129,11 @@ def test_a_sweep_without_runs_still_reports(store: Store, swept: tuple[Path, int
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ([0.1] * 4, "n too small"),
-        ([0.1] * 5, "better"),
-        ([-0.1, -0.2, -0.1, -0.3, -0.1], "worse"),
-        ([0.1, -0.1, 0.1, 0.1, 0.1], "tie"),
-        ([0.0] * 5, "tie"),
+        ([0.1] * 7, "n too small"),
+        ([0.1] * 8, "better"),
+        ([-0.1, -0.2, -0.1, -0.3] * 2, "worse"),
+        ([0.1, -0.1, 0.1, -0.1] * 2, "tie"),
+        ([0.0] * 8, "tie"),
     ],
 )
 def test_verdicts(values: list[float], verdict: str) -> None:
