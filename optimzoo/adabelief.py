@@ -100,10 +100,9 @@ class AdaBelief(Elementwise):
         super().check_group(group)
         check_flags(group, "amsgrad", "rectify", "degenerated_to_sgd")
         doubles = {param.dtype for param in group["params"]} <= {torch.float64, torch.complex128}
-        if group["eps"] < (torch.finfo(torch.float64) if doubles else torch.finfo(torch.float32)).tiny:
-            raise ValueError(
-                f"eps must be > 0 in the state's precision, got {group['eps']!r}: 0 / 0 without a gradient"
-            )
+        smallest = torch.finfo(torch.float64 if doubles else torch.float32).tiny  # less is zero in the state
+        if group["eps"] < smallest:
+            raise ValueError(f"eps must be > 0, got {group['eps']!r}; below {smallest:.1e} a step can be 0 / 0")
         if group["amsgrad"] and group["rectify"]:
             raise ValueError("amsgrad=True has no rectified form: pass rectify=False")
         if group["fixed_decay"] and not group["decoupled_weight_decay"]:
