@@ -50,9 +50,9 @@ class Sample:
 
     @property
     def verdict(self) -> str:
-        """Of differences: better or worse if the interval excludes 0, else tie."""
+        """Of differences: better or worse if the interval excludes 0, else tie; nothing where seeds are too few."""
         if self.n < ENOUGH:
-            return "n too small"
+            return ""
         low, high = self.interval
         if low <= 0 <= high:
             return "tie"
@@ -354,6 +354,8 @@ def caption(table: Table) -> str:
     n = max((len(row.finals) for row in table.rows), default=0)
     error = f", binomial SE of a run {percent(table.binomial_se)}" if table.binomial_se is not None else ""
     note = "; saturated: shows speed, ranks nothing" if table.saturated else ""
+    if not table.saturated and n < ENOUGH:
+        note = f"; differences get a verdict from {ENOUGH} seeds on"
     return f"Test {spec.metric} in %, n = {n} seeds{error}; target {percent(spec.target, 0)}%{note}"
 
 

@@ -240,8 +240,8 @@ class Tensorwise(Optimizer):
             # A single native call checks its tensors itself, and faster.
             native = len(calls) == 1 and calls[0][1] in ("fused", "held_lists")
             if not native or empty or len(self.state) > known:
-                for group, _, batch in calls:
-                    self._check_batch(group, batch)
+                for call in calls:
+                    self._check_call(*call)
         except Exception:
             for row in empty:
                 row.clear()
@@ -292,7 +292,7 @@ class Tensorwise(Optimizer):
         """Parameters of equal answers are updated by one call; the answer begins with the back-end."""
         return ("single",)
 
-    def _check_batch(self, group: Group, batch: Batch) -> None:
+    def _check_call(self, group: Group, backend: str, batch: Batch) -> None:
         """Raise if something does not fit, before anything is written."""
         for param, grad, step, *states in zip(batch.params, batch.grads, batch.steps, *batch.states, strict=True):
             owner = f"a parameter of shape {tuple(param.shape)}"
@@ -627,6 +627,12 @@ class Elementwise(Tensorwise):
         for name, state in zip(self.rule(group).states, states, strict=True):
             _check_twin(name, owner, state, param, _STATE_DTYPE.get(param.dtype, param.dtype))
 
+    def _check_call(self, group: Group, backend: str, batch: Batch) -> None:
+        if backend == "held_lists":
+            self._held_lists(group, batch, rehearse=True)
+        else:
+            super()._check_call(group, backend, batch)
+
     def _foreach(self, group: Group, batch: Batch) -> None:
         """Parameters of one device, dtype and step count, by calls over lists."""
         self._update(group, batch, wrap=TensorList)
@@ -640,18 +646,26 @@ class Elementwise(Tensorwise):
             batch = batch.map(torch.view_as_real)
         self._call_fused(group, params, [batch.params, batch.grads, *batch.states], batch.steps)
 
-    def _held_lists(self, group: Group, batch: Batch) -> None:
+    def _held_lists(self, group: Group, batch: Batch, rehearse: bool = False) -> None:
         """The same, when the native side has the state already."""
         lists = [batch.params, batch.grads, *([] for _ in batch.states)]
-        self._call_fused(group, batch.params, lists, [], held=self._held[id(group)].number)
+        self._call_fused(group, batch.params, lists, [], self._held[id(group)].number, rehearse)
 
     def _call_fused(
-        self, group: Group, params: list[Tensor], lists: list[list[Tensor]], steps: list[Tensor], held: int = 0
+        self,
+        group: Group,
+        params: list[Tensor],
+        lists: list[list[Tensor]],
+        steps: list[Tensor],
+        held: int = 0,
+        rehearse: bool = False,
     ) -> None:
         device, lr, rule = params[0].device, group["lr"], self.rule(group)
         assert rule.fused is not None  # else _bucket had chosen another back-end
-        if not isinstance(lr, Tensor):
-            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")  # wherever tensors are made by default
+        if not isinstance(lr, Tensor) or not lr.is_floating_point():
+            lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu")  # wherever tensors are made by default
+        # A step with an overflow checks everything and writes nothing, which is what a rehearsal is.
+        found_inf = torch.ones((), device="cpu") if rehearse else getattr(self, "found_inf", None)
         rule.fused(
             *lists,
             lr=lr if lr.is_cpu else lr.to(device),
@@ -660,11 +674,13 @@ class Elementwise(Tensorwise):
             decoupled_weight_decay=group["decoupled_weight_decay"],
             fixed_decay=group.get("fixed_decay", False),
             maximize=group["maximize"],
-            **{name: _on(device, getattr(self, name, None)) for name in ("grad_scale", "found_inf")},
+            grad_scale=_on(device, getattr(self, "grad_scale", None)),
+            found_inf=_on(device, found_inf),
             held=held,
             **rule.hyper_values(group),
         )
-        if not torch.compiler.is_compiling():  # so that autograd notices a parameter that it had saved for backward
+        # Autograd has to notice a parameter that it had saved for backward.
+        if not rehearse and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(params)
 
 
