@@ -11,7 +11,7 @@ from bench import svg
 if TYPE_CHECKING:
     from bench.report import Row, Table
 
-MARKERS = ("circle", "square", "triangle", "diamond", "flag")
+MARKERS = ("circle", "square", "triangle", "diamond", "flag", "plus")
 
 
 def style(index: int) -> str:

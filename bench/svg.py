@@ -14,6 +14,7 @@ MARKERS = {  # outlines of about equal area around the origin, distinct without 
     "diamond": "M0,-4.4L4.4,0L0,4.4L-4.4,0z",
     "flag": "M0,4.2L4,-3H-4z",
     "cross": "M-3.5,-3.5L3.5,3.5M-3.5,3.5L3.5,-3.5",
+    "plus": "M-1.5-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
 }
 
 
