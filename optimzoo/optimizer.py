@@ -453,15 +453,13 @@ class Tensorwise(Optimizer):
         for name in names:
             like, value = self.init(name, param), state[name]
             kind = "complex" if like.is_complex() else "floating-point"
-            fits = isinstance(value, Tensor) and value.shape == like.shape and value.layout is torch.strided
             if (
-                not fits
+                not isinstance(value, Tensor)
+                or value.shape != like.shape
+                or value.layout is not torch.strided
                 or value.is_meta
-                or (value.is_floating_point(), value.is_complex())
-                != (
-                    like.is_floating_point(),
-                    like.is_complex(),
-                )
+                or value.is_complex() != like.is_complex()
+                or value.is_floating_point() != like.is_floating_point()
             ):
                 got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"{name} of {owner} must be a {kind} tensor of shape {tuple(like.shape)}, got {got}")
@@ -557,15 +555,10 @@ class Elementwise(Tensorwise):
             return ops.missing(param.device.type)
         if param.dtype not in _FUSED_DTYPES | {torch.complex64, torch.complex128}:
             return f"its dtype is {param.dtype}"
-        for tensor in (param, *others):
-            if tensor.layout is not torch.strided:
-                return "its gradient is sparse"
-            if tensor.device != param.device:
-                return "its gradient or state is on another device"
-            if not tensor.is_contiguous():
-                break
-        else:
-            return ""
+        if any(tensor.layout is not torch.strided for tensor in others):
+            return "its gradient is sparse"
+        if any(tensor.device != param.device for tensor in others):
+            return "its gradient or state is on another device"
         if not _is_dense(param):
             return "it does not fill its memory without gaps or overlap"
         if any(not _same_strides(tensor, param) for tensor in others):
@@ -602,6 +595,12 @@ class Elementwise(Tensorwise):
         if batch.params[0].is_cpu:
             self._held[id(group)] = ops.Held((*batch.states, batch.steps))
         return [(group, "fused", batch)]
+
+    def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
+        if len(self._held) > len(self.param_groups):  # a group was taken out; let go of its state
+            groups = {id(group) for group in self.param_groups}
+            self._held = {key: held for key, held in self._held.items() if key in groups}
+        return super()._checked_calls()
 
     def _wants_fused(self, group: Group) -> bool:
         return group["fused"] is not False and not group["foreach"]

@@ -11,7 +11,7 @@ import torch
 from cases import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import advance, copies, gradients, normal, saved
+from steps import advance, copies, gradients, normal, saved
 from torch import Tensor
 
 from optimzoo import AdaBelief

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import each_backend, each_case, tolerance
-from runs import advance, bits, close, copies, gradients, normal, parameters, results, same, saved
+from steps import advance, bits, close, copies, gradients, normal, parameters, results, same, saved
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 

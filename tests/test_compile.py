@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, each_case, tolerance
-from runs import advance, close, copies, gradients, parameters, results
+from steps import advance, close, copies, gradients, parameters, results
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 

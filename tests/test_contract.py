@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, ELSEWHERE, Case, each_backend, each_case, each_elementwise, each_setting, tolerance
-from runs import advance, bits, close, copies, gradients, normal, parameters, results, same, saved, snapshot
+from steps import advance, bits, close, copies, gradients, normal, parameters, results, same, saved, snapshot
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

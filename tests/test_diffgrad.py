@@ -10,7 +10,7 @@ import torch
 from cases import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import advance, close, copies, gradients, normal, saved
+from steps import advance, close, copies, gradients, normal, saved
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import CASES, each_backend, each_elementwise, tolerance
-from runs import advance, normal
+from steps import advance, normal
 from torch import nn
 
 if not torch.distributed.is_available():

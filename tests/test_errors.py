@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import re
+import weakref
 
 import pytest
 import torch
 from cases import CASES, each_backend, each_case, each_elementwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import advance, copies, gradients, parameters, saved, snapshot
+from steps import advance, copies, gradients, parameters, saved, snapshot
 from torch.optim import SGD, Adam
 
 import optimzoo
@@ -563,3 +564,23 @@ def test_a_default_device_is_not_where_learning_rates_go():
     with torch.device("meta"):
         optimzoo.DiffGrad([param], lr=1.0).step()
     assert not torch.equal(param, torch.ones(3))
+
+
+def test_a_sparse_gradient_of_a_transposed_parameter_is_named_as_such():
+    param = torch.nn.Parameter(torch.zeros(3, 4).t())
+    with torch.sparse.check_sparse_tensor_invariants(enable=True):
+        param.grad = torch.eye(4)[:, :3].to_sparse()
+    with pytest.raises(RuntimeError, match="does not take sparse gradients"):
+        optimzoo.DiffGrad([param]).step()
+
+
+def test_the_state_of_a_group_that_was_taken_out_is_let_go():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = optimzoo.DiffGrad([{"params": [param]} for param in params])
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    gone = weakref.ref(optimizer.state.pop(params[1])["exp_avg"])
+    optimizer.param_groups.pop()
+    optimizer.step()
+    assert gone() is None

@@ -11,7 +11,7 @@ from cases import BACKENDS, CASES, Case, each_elementwise, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from runs import advance, bits, results, saved
+from steps import advance, bits, results, saved
 from torch import Tensor
 from torch.optim import Optimizer
 

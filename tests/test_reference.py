@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, CASES, ROUNDOFF, each_backend, each_case, each_setting, tolerance
-from runs import LAYOUTS, gradients, normal, parameters
+from steps import LAYOUTS, gradients, normal, parameters
 
 STEPS = 200
 LATE = 3  # the second parameter has no gradient before this step

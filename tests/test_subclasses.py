@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BACKENDS
-from runs import advance, bits, close, copies, gradients, normal, parameters, results, same, saved
+from steps import advance, bits, close, copies, gradients, normal, parameters, results, same, saved
 
 from optimzoo.optimizer import Elementwise, Tensorwise
 
