@@ -21,46 +21,130 @@
 
 namespace optimzoo {
 
+// What becomes of the bits that a narrow parameter cannot hold.
+enum class Rest { nearest, stochastic, master };
+
+// Two arrays share a random number, 16 bits for each.
+template <int N>
+struct Random {
+  static constexpr int words = (N + 2) / 2;
+  uint32_t keys[words];
+  uint32_t index;  // of the first element in its tensor
+
+  // For the array at a place: the states, then the parameter.
+  template <size_t place>
+  OZ_FN uint32_t bits(int64_t i) const {
+    return random_bits(keys[place / 2], index + static_cast<uint32_t>(i)) >> place % 2 * 16;
+  }
+};
+
+template <typename T, typename E>
+OZ_FN T widen(E value) {
+  return static_cast<T>(value);
+}
+template <typename T>
+OZ_FN T
+widen(uint16_t value) {  // of bfloat16, in integers: GCC vectorises those with what surrounds them, and no struct
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  memcpy(&result, &bits, sizeof bits);
+  return result;
+}
+
+template <typename E, typename T>
+OZ_FN E nearest(T value) {
+  return static_cast<E>(value);
+}
+template <>
+OZ_FN uint16_t nearest<uint16_t, float>(float value) {  // ties to even
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits += value == value ? 0x7fff + (bits >> 16 & 1) : 0;
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+OZ_FN void round_to(uint16_t& to, float value, uint32_t random) { to = round_randomly(value, random); }
+template <typename E, typename T>
+OZ_FN void round_to(E& to, T value, uint32_t) {
+  to = value;
+}
+
+// The rule on one coordinate. Each state in a variable of its own: an array would not be taken apart into registers.
+template <typename Rule, typename T, size_t... I, typename... State>
+OZ_FN void apply(const Rule& rule, const Random<sizeof...(I)>& random, int64_t i, T& param, T grad,
+                 std::index_sequence<I...>, State&... state) {
+  [&](auto... values) __attribute__((always_inline)) {
+    rule(param, grad, values...);
+    (round_to(state, values, random.template bits<I>(i)), ...);
+  }(widen<T>(state)...);
+}
+
 // Elements [0, n) of one tensor. No two of the arrays overlap.
-template <bool coupled, typename Rule, typename T, typename... State>
-OZ_FN void sweep(const Rule& rule, const Prologue<T>& prologue, int64_t n, T* param, const T* grad, State*... state) {
+template <Rest rest, typename Rule, typename P, typename T, typename Index, typename... State>
+OZ_FN void sweep(const Rule& rule, const Prologue<T>& prologue, const Random<sizeof...(State)>& random, int64_t n,
+                 P* param, const P* grad, float* master, Index index, State*... state) {
   OZ_IVDEP
   for (int64_t i = 0; i < n; ++i) {
-    T g = grad[i];
-    prologue.template apply<coupled>(param[i], g);
-    rule(param[i], g, state[i]...);
+    T p = widen<T>(param[i]), g = widen<T>(grad[i]);
+    if constexpr (rest == Rest::master)  // where it is not what was rounded, somebody has changed the parameter
+      p = widen<T>(nearest<P>(master[i])) == p ? master[i] : p;
+    prologue.apply(rule, p, g);
+    apply(rule, random, i, p, g, index, state[i]...);
+    if constexpr (rest == Rest::stochastic)
+      round_to(param[i], p, random.template bits<sizeof...(State)>(i));
+    else
+      param[i] = nearest<P>(p);
+    if constexpr (rest == Rest::master) master[i] = p;
   }
 }
 
-// A narrow parameter and its gradient are widened block by block, so that the loop above sees float alone.
-template <bool coupled, typename Rule, typename P, typename T, typename... State>
-OZ_CLONES void run(Rule rule, Prologue<T> prologue, int64_t n, P* param, const P* grad, State*... state) {
-  if constexpr (std::is_same_v<P, T>) {
-    sweep<coupled>(rule, prologue, n, param, grad, state...);
-  } else {
+template <Rest rest, typename Rule, typename P, typename T, typename Index, typename... State>
+OZ_CLONES void run(Rule rule, Prologue<T> prologue, Random<sizeof...(State)> random, int64_t n, P* param, const P* grad,
+                   float* master, Index index, State*... state) {
+  if constexpr (std::is_same_v<P, Half>) {
+    // Whose conversions are calls or tables on most machines: block by block, so that the loop sees float alone.
     constexpr int64_t block = 512;
-    T wide_param[block], wide_grad[block];
+    float wide_param[block], wide_grad[block];
     for (int64_t begin = 0; begin < n; begin += block) {
       const int64_t size = std::min(block, n - begin);
       for (int64_t i = 0; i < size; ++i) wide_param[i] = param[begin + i];
       for (int64_t i = 0; i < size; ++i) wide_grad[i] = grad[begin + i];
-      sweep<coupled>(rule, prologue, size, wide_param, wide_grad, state + begin...);
-      for (int64_t i = 0; i < size; ++i) param[begin + i] = wide_param[i];
+      if constexpr (rest == Rest::master)
+        for (int64_t i = 0; i < size; ++i)
+          if (static_cast<float>(static_cast<P>(master[begin + i])) == wide_param[i]) wide_param[i] = master[begin + i];
+      sweep<Rest::nearest>(rule, prologue, random, size, wide_param, wide_grad, nullptr, index, state + begin...);
+      random.index += static_cast<uint32_t>(size);
+      for (int64_t i = 0; i < size; ++i) param[begin + i] = static_cast<P>(wide_param[i]);
+      if constexpr (rest == Rest::master) std::copy(wide_param, wide_param + size, master + begin);
     }
+  } else {
+    sweep<rest>(rule, prologue, random, n, param, grad, master, index, state...);
   }
 }
 
-template <bool coupled, typename Rule, typename P, typename T, int N, size_t... S>
-void run_part(const Rule& rule, const Prologue<T>& prologue, const Item<N>& item, int64_t begin, int64_t end,
-              std::index_sequence<S...>) {
-  run<coupled>(rule, prologue, end - begin, static_cast<P*>(item.param) + begin,
-               static_cast<const P*>(item.grad) + begin, static_cast<T*>(item.states[S]) + begin...);
+template <typename E>
+using Bits = std::conditional_t<std::is_same_v<E, BFloat16>, uint16_t, E>;
+
+template <typename P, typename S, typename Rule, typename T, int N, size_t... I>
+void run_part(const Rule& rule, const Prologue<T>& prologue, Random<N> random, bool stochastic, const Item<N>& item,
+              int64_t begin, int64_t end, std::index_sequence<I...> index) {
+  random.index = static_cast<uint32_t>(begin);
+  const auto with = [&](auto rest, float* master) {
+    run<decltype(rest)::value>(rule, prologue, random, end - begin, static_cast<Bits<P>*>(item.param) + begin,
+                               static_cast<const Bits<P>*>(item.grad) + begin, master, index,
+                               static_cast<Bits<S>*>(item.states[I]) + begin...);
+  };
+  if constexpr (!std::is_same_v<P, T>)
+    if (item.master) return with(std::integral_constant<Rest, Rest::master>(), item.master + begin);
+  if constexpr (std::is_same_v<P, BFloat16>)
+    if (stochastic) return with(std::integral_constant<Rest, Rest::stochastic>(), nullptr);
+  with(std::integral_constant<Rest, Rest::nearest>(), nullptr);
 }
 
 inline double number(const Handle& tensor) {
   const Facts facts(tensor.get());
   double value = 0;
-  with_dtype(facts.dtype, [&](auto p, auto) { value = *static_cast<const decltype(p)*>(facts.data); });
+  with_dtype(facts.dtype, [&](auto p) { value = *static_cast<const decltype(p)*>(facts.data); });
   return value;
 }
 
@@ -128,20 +212,22 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
     for (; begin < end; ++i) {
       const auto& item = call.items[i];
       const int64_t start = ends[i] - item.numel, stop = std::min(end, ends[i]);
-      with_dtype(item.dtype, [&](auto p, auto t) {
+      with_types(item, [&](auto p, auto s) {
         using P = decltype(p);
-        using T = decltype(t);
+        using S = decltype(s);
+        using T = Wide<P>;
         const Rule<T>* rule;
         if constexpr (std::is_same_v<T, float>)
           rule = &narrow[rule_of[i]];
         else
           rule = &wide[rule_of[i]];
-        const Prologue<T> prologue{T(factor), T(call.weight_decay), T(keep)};
-        constexpr auto states = std::make_index_sequence<num_states<Rule>>();
-        if (call.coupled())
-          run_part<true, Rule<T>, P, T>(*rule, prologue, item, begin - start, stop - start, states);
-        else
-          run_part<false, Rule<T>, P, T>(*rule, prologue, item, begin - start, stop - start, states);
+        const Prologue<T> prologue{T(factor), T(call.coupled()), T(keep)};
+        Random<num_states<Rule>> random = {};
+        if (item.compressed || call.stochastic)
+          for (int word = 0; word < random.words; ++word)
+            random.keys[word] = random_key(call.seed, *item.step, item.index, word);
+        run_part<P, S>(*rule, prologue, random, call.stochastic, item, begin - start, stop - start,
+                       std::make_index_sequence<num_states<Rule>>());
       });
       begin = stop;
     }
@@ -150,12 +236,79 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
   torch::stable::parallel_for(0, total, grain, work);
 }
 
+// The inner product of two arrays. Sixteen sums side by side, for the compiler keeps the order of one.
+template <typename P>
+OZ_CLONES double inner_product(const P* left, const P* right, int64_t n) {
+  constexpr int lanes = 16;
+  double sums[lanes] = {};
+  Wide<P> a[lanes], b[lanes];
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int lane = 0; lane < lanes; ++lane) a[lane] = left[i + lane];
+    for (int lane = 0; lane < lanes; ++lane) b[lane] = right[i + lane];
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += static_cast<double>(a[lane]) * static_cast<double>(b[lane]);
+  }
+  double total = 0;
+  for (; i < n; ++i) total += static_cast<double>(left[i]) * static_cast<double>(right[i]);
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+// The inner product of two lists of tensors. It is summed piece by piece in a fixed order, whatever the threads.
+void dot(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  const List left = take_list(stack[0]), right = take_list(stack[1]);
+  const Handle out(to<AtenTensorHandle>(stack[2]));
+  const Facts result(out.get());
+  if (result.device_type != cpu || result.dtype != Dtype::f64 || result.numel != 1)
+    fail("out must be one float64 number on the CPU");
+  if (left.size() != right.size()) fail("right holds ", right.size(), " tensors, left ", left.size());
+
+  struct Piece {
+    const void *left, *right;
+    int64_t begin, end;
+    Dtype dtype;
+    double sum;
+  };
+  constexpr int64_t piece = 16384;
+  std::vector<Piece> pieces;
+  int64_t total = 0;
+  for (size_t i = 0; i < left.size(); ++i) {
+    const Facts a(left[i].get()), b(right[i].get());
+    if (a.device_type != cpu || b.device_type != cpu || a.dtype == Dtype::other || a.dtype != b.dtype || !a.strided() ||
+        !b.strided() || !a.same_shape(b) || !a.same_strides(b) || !a.dense())
+      fail("left[", i, "] and right[", i, "] must be dense floating-point CPU tensors of one shape, dtype and strides");
+    if (a.numel > 0 && (a.data == nullptr || b.data == nullptr)) fail("left[", i, "] or right[", i, "] has no memory");
+    for (int64_t begin = 0; begin < a.numel; begin += piece)
+      pieces.push_back({a.data, b.data, begin, std::min(begin + piece, a.numel), a.dtype, 0});
+    total += a.numel;
+  }
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  const int64_t grain = total == 0 ? 1 : std::max<int64_t>(1, 2 * piece * count / total);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Piece& part = pieces[i];
+      with_dtype(part.dtype, [&](auto p) {
+        using P = decltype(p);
+        part.sum = inner_product(static_cast<const P*>(part.left) + part.begin,
+                                 static_cast<const P*>(part.right) + part.begin, part.end - part.begin);
+      });
+    }
+  });
+  double sum = 0;
+  for (const Piece& part : pieces) sum += part.sum;
+  *static_cast<double*>(result.data) = sum;
+}
+
 }  // namespace optimzoo
 
 STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("hold", &optimzoo::hold);
   m.impl("release", &optimzoo::release);
 }
+
+STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, CPU, m) { m.impl("dot", &optimzoo::dot); }
 
 #define OZ_RULE(Rule) \
   STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, CPU, m) { m.impl(op_name<Rule>().c_str(), &fused<Rule>); }

@@ -26,10 +26,11 @@ struct Table {
 
 template <int H>
 struct Scalars {
-  double lr, hyper[H], weight_decay;
+  double lr, hyper[H > 0 ? H : 1], weight_decay, coupled;
   const void* device_lr;  // instead of lr, where it lives on the device
   Dtype lr_dtype;
-  bool decoupled_weight_decay, fixed_decay, maximize;
+  bool decoupled_weight_decay, fixed_decay, maximize, stochastic;
+  uint64_t seed;
   const float *grad_scale, *found_inf;
 };
 
@@ -80,30 +81,59 @@ struct Pack {
 // works them out for all.
 template <template <typename> class Rule, typename T>
 struct Shared {
+  static constexpr int words = (num_states<Rule> + 2) / 2;  // two arrays share a random number, 16 bits for each
   Rule<T> rule;
   Prologue<T> prologue;
+  bool stochastic;
+  uint32_t keys[words];
 };
 
-template <int size, bool coupled, template <typename> class Rule, typename P, typename T, size_t... S>
-OZ_FN void update(const Shared<Rule, T>& shared, const Item<sizeof...(S)>& item, int64_t index,
-                  std::index_sequence<S...>) {
+template <typename E, typename T>
+OZ_FN void narrow(E& to, T value, uint32_t) {
+  to = static_cast<E>(value);
+}
+OZ_FN void narrow(BFloat16& to, float value, uint32_t random) { to.x = round_randomly(value, random); }
+
+template <int size, template <typename> class Rule, typename P, typename S, typename T, size_t... I>
+OZ_FN void update(const Shared<Rule, T>& shared, const Item<sizeof...(I)>& item, int64_t index,
+                  std::index_sequence<I...>) {
+  constexpr int N = sizeof...(I);
   auto param = Pack<P, size>::load(item.param, index);
   auto grad = Pack<P, size>::load(item.grad, index);
-  Pack<T, size> states[] = {Pack<T, size>::load(item.states[S], index)...};
+  Pack<S, size> states[N > 0 ? N : 1] = {Pack<S, size>::load(item.states[I], index)...};
+  Pack<float, size> master;
+  const bool has_master = !std::is_same_v<P, T> && item.master != nullptr;
+  if (has_master) master = Pack<float, size>::load(item.master, index);
   OZ_UNROLL
   for (int i = 0; i < size; ++i) {
     T p = static_cast<T>(param[i]), g = static_cast<T>(grad[i]);
-    shared.prologue.template apply<coupled>(p, g);
-    shared.rule(p, g, states[S][i]...);
-    param[i] = static_cast<P>(p);
+    // Where a master is not what the parameter was rounded from, somebody has changed the parameter.
+    if (has_master && static_cast<T>(static_cast<P>(master[i])) == p) p = master[i];
+    T s[N > 0 ? N : 1] = {static_cast<T>(states[I][i])...};
+    shared.prologue.apply(shared.rule, p, g);
+    shared.rule(p, g, s[I]...);
+    uint32_t random[Shared<Rule, T>::words] = {};
+    if (std::is_same_v<S, BFloat16> || (std::is_same_v<P, BFloat16> && shared.stochastic)) {
+      OZ_UNROLL
+      for (int word = 0; word < Shared<Rule, T>::words; ++word)
+        random[word] = random_bits(shared.keys[word], static_cast<uint32_t>(index + i));
+    }
+    (narrow(states[I][i], s[I], random[I / 2] >> I % 2 * 16), ...);
+    if (std::is_same_v<P, BFloat16> && shared.stochastic)
+      narrow(param[i], p, random[N / 2] >> N % 2 * 16);
+    else
+      param[i] = static_cast<P>(p);
+    if (has_master) master[i] = p;
   }
   param.store(item.param, index);
-  (states[S].store(item.states[S], index), ...);
+  (states[I].store(item.states[I], index), ...);
+  if (has_master) master.store(item.master, index);
 }
 
-template <bool coupled, template <typename> class Rule, typename P, typename T>
+template <template <typename> class Rule, typename P, typename S>
 __global__ void __launch_bounds__(threads, 2)  // left alone, the compiler spills to fit three blocks
     step_kernel(const Table<num_states<Rule>> table, const Scalars<num_hyper<Rule>> scalars) {
+  using T = Wide<P>;
   if (scalars.found_inf != nullptr && *scalars.found_inf != 0) return;
   int i = 0;
   while (blockIdx.x >= table.entries[i].end) ++i;
@@ -119,20 +149,23 @@ __global__ void __launch_bounds__(threads, 2)  // left alone, the compiler spill
     const double factor =
         (scalars.maximize ? -1. : 1.) / (scalars.grad_scale != nullptr ? double(*scalars.grad_scale) : 1.);
     const double keep = Call<Rule>::keep(lr, scalars.weight_decay, scalars.decoupled_weight_decay, scalars.fixed_decay);
-    new (storage)
-        Shared<Rule, T>{Rule<T>(lr, scalars.hyper, *entry.item.step), {T(factor), T(scalars.weight_decay), T(keep)}};
+    const double step = *entry.item.step;
+    new (storage) Shared<Rule, T>{
+        Rule<T>(lr, scalars.hyper, step), {T(factor), T(scalars.coupled), T(keep)}, scalars.stochastic, {}};
+    for (int word = 0; word < Shared<Rule, T>::words; ++word)
+      shared.keys[word] = random_key(scalars.seed, step, entry.item.index, word);
   }
   __syncthreads();
 
   constexpr auto states = std::make_index_sequence<num_states<Rule>>();
-  constexpr int width = 16 / sizeof(P);
+  constexpr int width = 16 / (sizeof(S) < sizeof(P) ? sizeof(S) : sizeof(P));
   const int64_t begin = (blockIdx.x - (i == 0 ? 0 : table.entries[i - 1].end)) * chunk;
   const int64_t end = begin + chunk < entry.item.numel ? begin + chunk : entry.item.numel;
   const int64_t packed = entry.aligned ? begin + (end - begin) / width * width : begin;
   for (int64_t index = begin + threadIdx.x * width; index < packed; index += threads * width)
-    update<width, coupled, Rule, P, T>(shared, entry.item, index, states);
+    update<width, Rule, P, S, T>(shared, entry.item, index, states);
   for (int64_t index = packed + threadIdx.x; index < end; index += threads)
-    update<1, coupled, Rule, P, T>(shared, entry.item, index, states);
+    update<1, Rule, P, S, T>(shared, entry.item, index, states);
 }
 
 inline void check(cudaError_t error) {
@@ -148,18 +181,18 @@ void launch(unsigned blocks, cudaStream_t stream, void (*kernel)(Params...), con
   check(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
-// Launches over as many tensors of one dtype as fit into a table.
+// Launches over as many tensors of the same dtypes as fit into a table.
 template <template <typename> class Rule>
 class Launcher {
  public:
   static constexpr int N = num_states<Rule>, H = num_hyper<Rule>;
 
-  Launcher(Dtype dtype, bool coupled, const Scalars<H>& scalars, cudaStream_t stream)
-      : dtype_(dtype), coupled_(coupled), scalars_(scalars), stream_(stream) {}
+  Launcher(const Scalars<H>& scalars, cudaStream_t stream) : scalars_(scalars), stream_(stream) {}
 
   void add(const Item<N>& item) {
     if (item.numel == 0) return empty(item);
-    uintptr_t bits = reinterpret_cast<uintptr_t>(item.param) | reinterpret_cast<uintptr_t>(item.grad);
+    uintptr_t bits = reinterpret_cast<uintptr_t>(item.param) | reinterpret_cast<uintptr_t>(item.grad) |
+                     reinterpret_cast<uintptr_t>(item.master);
     for (const void* state : item.states) bits |= reinterpret_cast<uintptr_t>(state);
     blocks_ += static_cast<unsigned>((item.numel + chunk - 1) / chunk);
     table_.entries[table_.size++] = {item, blocks_, bits % 16 == 0};
@@ -170,13 +203,8 @@ class Launcher {
     if (table_.size == 0) return;
     launch((table_.size + threads - 1) / threads, stream_, advance<N>, table_, scalars_.found_inf);
     if (blocks_ > 0)
-      with_dtype(dtype_, [&](auto p, auto t) {
-        using P = decltype(p);
-        using T = decltype(t);
-        if (coupled_)
-          launch(blocks_, stream_, step_kernel<true, Rule, P, T>, table_, scalars_);
-        else
-          launch(blocks_, stream_, step_kernel<false, Rule, P, T>, table_, scalars_);
+      with_types(table_.entries[0].item, [&](auto p, auto s) {
+        launch(blocks_, stream_, step_kernel<Rule, decltype(p), decltype(s)>, table_, scalars_);
       });
     table_.size = 0;
     blocks_ = 0;
@@ -191,8 +219,6 @@ class Launcher {
 
   Table<N> table_ = {};
   unsigned blocks_ = 0;
-  Dtype dtype_;
-  bool coupled_;
   Scalars<H> scalars_;
   cudaStream_t stream_;
 };
@@ -225,22 +251,26 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
     scalars.device_lr = lr.data;
     scalars.lr_dtype = lr.dtype;
   } else {
-    with_dtype(lr.dtype, [&](auto p, auto) { scalars.lr = *static_cast<const decltype(p)*>(lr.data); });
+    with_dtype(lr.dtype, [&](auto p) { scalars.lr = *static_cast<const decltype(p)*>(lr.data); });
   }
-  std::copy(std::begin(call.hyper), std::end(call.hyper), scalars.hyper);
+  std::copy(call.hyper, call.hyper + num_hyper<Rule>, scalars.hyper);
   scalars.weight_decay = call.weight_decay;
+  scalars.coupled = call.coupled();
   scalars.decoupled_weight_decay = call.decoupled_weight_decay;
   scalars.fixed_decay = call.fixed_decay;
   scalars.maximize = call.maximize;
+  scalars.stochastic = call.stochastic;
+  scalars.seed = call.seed;
   scalars.grad_scale = device_scalar("grad_scale", call.grad_scale, cuda);
   scalars.found_inf = device_scalar("found_inf", call.found_inf, cuda);
 
-  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
-    Launcher<Rule> launcher(dtype, call.coupled(), scalars, static_cast<cudaStream_t>(stream));
-    for (const auto& item : call.items)
-      if (item.dtype == dtype) launcher.add(item);
-    launcher.flush();
-  }
+  for (const bool compressed : {false, true})
+    for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+      Launcher<Rule> launcher(scalars, static_cast<cudaStream_t>(stream));
+      for (const auto& item : call.items)
+        if (item.dtype == dtype && item.compressed == compressed) launcher.add(item);
+      launcher.flush();
+    }
 }
 
 }  // namespace optimzoo

@@ -49,8 +49,9 @@ std::string schema() {
   for (const char* state : Rule<float>::states) out << ", Tensor(" << alias++ << "!)[] " << state;
   out << ", *, Tensor lr";
   for (const char* hyper : Rule<float>::hyper) out << ", float " << hyper;
-  out << ", Tensor(" << alias << "!)[] step, float weight_decay, bool decoupled_weight_decay, bool fixed_decay, "
-      << "bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None, int held=0) -> ()";
+  out << ", Tensor(" << alias << "!)[] step, Tensor(" << char(alias + 1) << "!)[] master, float weight_decay, "
+      << "bool decoupled_weight_decay, bool fixed_decay, bool maximize, bool stochastic=False, int seed=0, "
+      << "Tensor? grad_scale=None, Tensor? found_inf=None, int held=0) -> ()";
   return out.str();
 }
 
@@ -152,10 +153,13 @@ template <int N>
 struct Item {
   void* param;
   const void* grad;
-  void* states[N];
+  void* states[N > 0 ? N : 1];
+  float* master;  // what a narrow parameter was before it was rounded, if that is kept
   float* step;
   int64_t numel;
   Dtype dtype;
+  bool compressed;  // the states are bfloat16
+  uint32_t index;   // in the call
 };
 
 // Finds the lists that hold() kept under a number (cpu.cpp).
@@ -165,12 +169,13 @@ using FindHeld = std::shared_ptr<const List>(int64_t held);
 template <template <typename> class Rule>
 struct Call {
   static constexpr int N = num_states<Rule>, H = num_hyper<Rule>;
-  std::vector<List> taken;           // param, grad, the states, step
-  std::shared_ptr<const List> held;  // or the states and step, one after the other
+  std::vector<List> taken;           // param, grad, the states, step, master
+  std::shared_ptr<const List> held;  // or the states, step and master, one after the other
   Handle lr, grad_scale, found_inf;
-  double hyper[H];
+  double hyper[H > 0 ? H : 1];
   double weight_decay;
-  bool decoupled_weight_decay, fixed_decay, maximize;
+  bool decoupled_weight_decay, fixed_decay, maximize, stochastic;
+  uint64_t seed;
   std::vector<Item<N>> items;
   int32_t device_index = 0;
 
@@ -179,12 +184,14 @@ struct Call {
     using torch::stable::detail::to;
     for (int i = 0; i < N + 2; ++i) taken.push_back(take_list(*stack++));
     lr = Handle(to<AtenTensorHandle>(*stack++));
-    for (double& value : hyper) value = to<double>(*stack++);
-    taken.push_back(take_list(*stack++));
+    for (int i = 0; i < H; ++i) hyper[i] = to<double>(*stack++);
+    for (int i = 0; i < 2; ++i) taken.push_back(take_list(*stack++));
     weight_decay = to<double>(*stack++);
     decoupled_weight_decay = to<bool>(*stack++);
     fixed_decay = to<bool>(*stack++);
     maximize = to<bool>(*stack++);
+    stochastic = to<bool>(*stack++);
+    seed = static_cast<uint64_t>(to<int64_t>(*stack++));
     grad_scale = take_optional(*stack++);
     found_inf = take_optional(*stack++);
     const int64_t number = to<int64_t>(*stack++);
@@ -199,7 +206,8 @@ struct Call {
     check_scalar("found_inf", found_inf, device_type);
   }
 
-  bool coupled() const { return weight_decay != 0 && !decoupled_weight_decay; }
+  // The weight decay that enters the gradient.
+  double coupled() const { return decoupled_weight_decay ? 0 : weight_decay; }
 
   // What multiplies the parameter, given the learning rate.
   OZ_FN static double keep(double lr, double weight_decay, bool decoupled_weight_decay, bool fixed_decay) {
@@ -207,9 +215,11 @@ struct Call {
   }
 
  private:
+  static constexpr int step = N + 2, master = N + 3;  // where they are among the lists
+
   static const char* list_name(int list) {
     if (list < 2) return list == 0 ? "param" : "grad";
-    return list < N + 2 ? Rule<float>::states[list - 2] : "step";
+    return list < step ? std::begin(Rule<float>::states)[list - 2] : list == step ? "step" : "master";
   }
 
   static const char* dtype_name(Dtype dtype) {
@@ -228,66 +238,90 @@ struct Call {
 
   void read_items(int32_t device_type) {
     const size_t count = taken[0].size();
-    const Handle* lists[N + 3];
-    for (int list = 0; list < N + 3; ++list) {
+    const Handle* lists[master + 1];
+    for (int list = 0; list <= master; ++list) {
       const bool is_held = held && list > 1;
-      const size_t size = is_held ? held->size() / (N + 1) : taken[list].size();
-      if (size != count) fail(list_name(list), " holds ", size, " tensors, param ", count);
-      lists[list] = is_held ? held->data() + (list - 2) * count : taken[list].data();
+      const size_t begin = (list - 2) * count, end = is_held ? std::min(begin + count, held->size()) : 0;
+      const size_t size = !is_held ? taken[list].size() : end > begin ? end - begin : 0;
+      if (size != count && !(list == master && size == 0))
+        fail(list_name(list), " holds ", size, " tensors, param ", count);
+      lists[list] = size == 0 ? nullptr : is_held ? held->data() + begin : taken[list].data();
     }
     items.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-      Item<N> item;
       const Facts param(lists[0][i].get());
       if (i == 0) device_index = param.device_index;
       if (!param.strided() || param.dtype == Dtype::other)
         fail("param[", i, "] must be a strided float32, float64, bfloat16 or float16 tensor");
       if (!param.dense()) fail("param[", i, "] must fill its memory without gaps or overlap");
-      // The averages of narrow parameters are kept in float32.
-      const Dtype wide = param.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-      for (int list = 0; list < N + 3; ++list) {
-        const bool step = list == N + 2;
+      Item<N> item = {};
+      item.param = param.data;
+      item.numel = param.numel;
+      item.dtype = param.dtype;
+      item.index = static_cast<uint32_t>(i);
+      // The averages of narrow parameters are kept in float32, or those of any but double ones in bfloat16.
+      const bool narrow = param.dtype != Dtype::f64 && param.dtype != Dtype::f32;
+      Dtype wide = param.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+      for (int list = 0; list <= master; ++list) {
+        if (list == master && !(lists[master] && narrow)) continue;
         const Facts facts = list == 0 ? param : Facts(lists[list][i].get());
-        const Dtype expected = step ? Dtype::f32 : list < 2 ? param.dtype : wide;
+        if (list == 2 && list < step && wide == Dtype::f32 && facts.dtype == Dtype::bf16) {
+          item.compressed = true;
+          wide = Dtype::bf16;
+        }
+        const Dtype expected = list < 2 ? param.dtype : list < step ? wide : Dtype::f32;
         if (facts.device_type != device_type || facts.device_index != device_index)
           fail(list_name(list), "[", i, "] is on another device than the first parameter");
         if (!facts.strided()) fail(list_name(list), "[", i, "] must be a strided tensor");
         if (facts.dtype != expected)
           fail(list_name(list), "[", i, "] is ", dtype_name(facts.dtype), ", must be ", dtype_name(expected));
-        if (step ? facts.numel != 1 : !facts.same_shape(param))
+        if (list == step ? facts.numel != 1 : !facts.same_shape(param))
           fail(list_name(list), "[", i, "] has another shape than its parameter");
-        if (!step && !facts.same_strides(param))
+        if (list != step && !facts.same_strides(param))
           fail(list_name(list), "[", i, "] has other strides than its parameter");
         if (facts.data == nullptr && facts.numel > 0) fail(list_name(list), "[", i, "] has no memory");
-        if (list == 0)
-          item.param = facts.data;
-        else if (list == 1)
+        if (list == 1)
           item.grad = facts.data;
-        else if (step)
-          item.step = static_cast<float*>(facts.data);
-        else
+        else if (list >= 2 && list < step)
           item.states[list - 2] = facts.data;
+        else if (list == step)
+          item.step = static_cast<float*>(facts.data);
+        else if (list == master)
+          item.master = static_cast<float*>(facts.data);
       }
-      item.numel = param.numel;
-      item.dtype = param.dtype;
       items.push_back(item);
     }
   }
 };
 
-// Calls `run` with a value of the type that `dtype` names and one of the type its arithmetic is done in.
+// Calls `run` with a value of the type that `dtype` names.
 template <typename F>
 void with_dtype(Dtype dtype, const F& run) {
   switch (dtype) {
     case Dtype::f32:
-      return run(float(), float());
+      return run(float());
     case Dtype::f64:
-      return run(double(), double());
+      return run(double());
     case Dtype::bf16:
-      return run(BFloat16(), float());
+      return run(BFloat16());
     default:
-      return run(Half(), float());
+      return run(Half());
   }
+}
+
+// Arithmetic on a dtype is done in double for double and in float for all others.
+template <typename P>
+using Wide = std::conditional_t<std::is_same_v<P, double>, double, float>;
+
+// Calls `run` with a value of an item's type of parameter and one of its type of state.
+template <int N, typename F>
+void with_types(const Item<N>& item, const F& run) {
+  with_dtype(item.dtype, [&](auto p) {
+    using T = Wide<decltype(p)>;
+    if constexpr (N > 0 && std::is_same_v<T, float>)
+      if (item.compressed) return run(p, BFloat16());
+    run(p, T());
+  });
 }
 
 }  // namespace optimzoo

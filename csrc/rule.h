@@ -7,15 +7,20 @@
 //   Rule(double lr, const double* hyper, double step)
 //             run once per tensor, in double: bias corrections belong here
 //   void operator()(T& param, T grad, T&... state) const
-//             the arithmetic of one coordinate; writes param and the states, never the gradient
-// and OZ_RULE(Rule) behind it. It sees neither dtypes, chunks and threads nor weight decay, maximize and loss scales:
-// those come before it, in Prologue. The Python twin of rules/NAME.h is optimzoo/NAME.py, same lines, same order.
+//             the arithmetic of one coordinate; writes param and the states, never the gradient; choices are made on T,
+//             not on bool members, for GCC vectorises those only where all is equally wide
+// and OZ_RULE(Rule) behind it; a rule whose coupled weight decay adds something else than the parameter to the gradient
+// says so in T pull(T param) const. It sees neither dtypes, chunks and threads nor weight decay, maximize and loss
+// scales: those come before it, in Prologue. The Python twin of rules/NAME.h is optimzoo/NAME.py, same lines, same
+// order.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -58,6 +63,11 @@ OZ_FN T maximum(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
+template <typename T>
+OZ_FN bool finite(T x) {
+  return x - x == 0;
+}
+
 // base to the power of a whole number of steps.
 OZ_FN double power(double base, double steps) {
 #if defined(OZ_ON_DEVICE)
@@ -93,9 +103,12 @@ OZ_FN T exp_neg(T x) {
   const T shifted = x * T(1.4426950408889634) + shift;
   const T n = shifted - shift;
   const T r = (x - n * log2_high) - n * log2_low;
-  T sum = 1;  // the Taylor series of exp(-r)
+  T factorial = 1;
   OZ_UNROLL
-  for (int k = terms; k >= 1; --k) sum = 1 - sum * (r * (1 / T(k)));
+  for (int k = 2; k <= terms; ++k) factorial *= k;
+  T sum = 0;  // the Taylor series of exp(-r), from its last term
+  OZ_UNROLL
+  for (int k = terms; k >= 0; factorial /= k > 0 ? k : 1, --k) sum = 1 / factorial - sum * r;
   Int bits;
   std::memcpy(&bits, &shifted, sizeof(T));
   bits = (bias - (bits - shift_bits)) << mantissa;
@@ -105,20 +118,72 @@ OZ_FN T exp_neg(T x) {
 #endif
 }
 
+// exp(x): zero where it would be less than the smallest normal number, infinite where it would be more than the inverse
+// of that.
+template <typename T>
+OZ_FN T exponential(T x) {
+#if defined(OZ_ON_DEVICE)
+  return exp(x);
+#else
+  const T size = std::abs(x), limit = sizeof(T) == 4 ? T(87.33) : T(708.39);
+  const T less = size > limit ? T(0) : exp_neg(size);
+  return x > 0 ? 1 / less : x == x ? less : x;
+#endif
+}
+
+// What weight decay that is coupled adds to the gradient, before it is weighted: the parameter, if the rule says
+// nothing.
+template <typename Rule, typename T>
+OZ_FN auto pull(const Rule& rule, T param, int) -> decltype(rule.pull(param)) {
+  return rule.pull(param);
+}
+template <typename Rule, typename T>
+OZ_FN T pull(const Rule&, T param, long) {
+  return param;
+}
+
 // What comes before every rule, in torch.optim's order: loss scale and sign, then weight decay.
 template <typename T>
 struct Prologue {
   T grad_factor;   // 1 / loss scale, negative to maximize
-  T weight_decay;  // coupled: added to the gradient
+  T weight_decay;  // coupled: what is added to the gradient; zero where it is decoupled
   T keep;          // decoupled: what is left of the parameter
 
-  template <bool coupled>
-  OZ_FN void apply(T& param, T& grad) const {
+  template <typename Rule>
+  OZ_FN void apply(const Rule& rule, T& param, T& grad) const {
     grad *= grad_factor;
     // Not with a zero weight decay: 0 * param would carry an infinite parameter into the gradient as NaN.
-    if constexpr (coupled) grad += weight_decay * param;
+    grad = weight_decay != 0 ? grad + weight_decay * pull(rule, param, 0) : grad;
     param *= keep;
   }
 };
+
+// Random bits for rounding: a function of the seed, the step, the tensor and the coordinate alone, so that they depend
+// neither on threads nor on the device. The twin in Python is optimzoo/rounding.py.
+OZ_FN uint64_t mix(uint64_t x) {  // Steele et al., SplitMix, 2014
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+OZ_FN uint32_t random_key(uint64_t seed, double step, uint64_t tensor, uint64_t word) {
+  return static_cast<uint32_t>(mix(mix(mix(seed) ^ static_cast<uint64_t>(step)) ^ (8 * tensor + word)) >> 32);
+}
+
+// Its key is as good as random; what it adds is that neighbours do not round alike.
+OZ_FN uint32_t random_bits(uint32_t key, uint32_t index) {
+  uint32_t x = index * 0x9e3779b9 + key;
+  x = (x ^ (x >> 16)) * 0x85ebca6b;
+  return x ^ (x >> 13);
+}
+
+// The upper half of a float's bits, up or down by chance so that its mean is the float: adding a random lower half
+// carries as often as what is cut off is large. That of an infinity is zero and does not carry; a NaN must not.
+OZ_FN uint16_t round_randomly(float value, uint32_t random) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + (value == value ? random & 0xffff : 0)) >> 16);
+}
 
 }  // namespace optimzoo

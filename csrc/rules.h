@@ -2,4 +2,6 @@
 #pragma once
 
 #include "rules/adabelief.h"
+#include "rules/adagradnorm.h"
+#include "rules/dale.h"
 #include "rules/diffgrad.h"

@@ -1,7 +1,19 @@
 """Optimizers from recent papers as drop-in ``torch.optim`` classes."""
 
 from optimzoo.adabelief import AdaBelief
+from optimzoo.adagrad import AdaGradNorm
+from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 
-__all__ = ["AdaBelief", "DiffGrad"]
+__all__ = [
+    "AdaBelief",
+    "AdaGradNorm",
+    "DaleAdamW",
+    "DaleLangevin",
+    "DaleSGD",
+    "DiffGrad",
+    "dale_columns_",
+    "dale_groups",
+    "lognormal_",
+]
 __version__ = "0.1.0"

@@ -44,8 +44,8 @@ def fused(name: str) -> Callable[..., None] | None:
     """The native op of the rule called ``name``, known to torch.compile, or ``None`` where there is none.
 
     The op is ``optimzoo::fused_NAME_``; its arguments are the rule's own, in the same order (``csrc/fused.h``), each
-    tensor a list over parameters, and ``weight_decay``, ``decoupled_weight_decay``, ``fixed_decay``, ``maximize``,
-    ``grad_scale``, ``found_inf`` and ``held`` (:class:`Held`).
+    tensor a list over parameters, and ``master``, ``weight_decay``, ``decoupled_weight_decay``, ``fixed_decay``,
+    ``maximize``, ``stochastic``, ``seed``, ``grad_scale``, ``found_inf`` and ``held`` (:class:`Held`).
     """
     packet = getattr(torch.ops.optimzoo, f"fused_{name}_", None)
     if packet is None:
@@ -63,6 +63,10 @@ _with_fake: set[str] = set()
 
 def _fake(*args: Any, **kwargs: Any) -> None:
     """Does to fake tensors what the ops do: nothing that could be seen."""
+
+
+if not _MISSING["cpu"]:
+    torch.library.register_fake("optimzoo::dot", _fake)
 
 
 class Held:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from optimzoo import ops
+from optimzoo.rounding import random_key, round_randomly_
 from optimzoo.tensorlist import Scalar, TensorList
 
 Group: TypeAlias = dict[str, Any]
@@ -37,9 +38,10 @@ _STATE_DTYPE = {
 }
 _FUSED_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _PLAIN = {Parameter, Tensor}
+_NO_MASTER = torch.empty(0)  # of a parameter that is not rounded, in a list with others that are
 
 # Settings that say how a step is made and not what it is: a checkpoint does not change them.
-_HOW = ("foreach", "fused", "capturable", "differentiable")
+_HOW = ("foreach", "fused", "capturable", "differentiable", "max_grad_norm", "state_dtype", "rounding")
 
 # What hyper-parameters of these names may be, for every method: lower bound, upper bound, and how to say it.
 _RANGES = {
@@ -49,6 +51,7 @@ _RANGES = {
     "momentum": (0.0, 1.0, "in [0, 1)"),
     "betas": (0.0, 1.0, "in [0, 1)"),
 }
+_ROUNDINGS = ("nearest", "stochastic", "master")
 
 
 class Rule:
@@ -74,7 +77,7 @@ class Rule:
         self.fused = ops.fused(name) if (update.__module__ or "").startswith("optimzoo.") else None
 
     def hyper_values(self, group: Group) -> dict[str, Any]:
-        """The hyper-parameters of a group by the names that the update function has for them."""
+        """The hyper-parameters of a group's settings by the names that the update function has for them."""
         values = {**group, **{f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), start=1)}}
         return {name: values[name] for name in self.hyper}
 
@@ -86,20 +89,22 @@ class Batch(NamedTuple):
     grads: list[Tensor]
     steps: list[Tensor]
     states: list[list[Tensor]]  # one list per state name
+    master: list[Tensor]  # what 16-bit parameters were before they were rounded; empty where that is not kept
 
     def pick(self, indices: list[int]) -> Batch:
         """The batch of these indices."""
         if len(indices) == len(self.params):
             return self
-        params, grads, steps, *states = (
-            [column[i] for i in indices] for column in (self.params, self.grads, self.steps, *self.states)
-        )
-        return Batch(params, grads, steps, states)
+        steps = [self.steps[i] for i in indices]
+        return self._replace(steps=steps)._with(lambda column: [column[i] for i in indices])
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Batch:
         """The same with every tensor but the steps seen through ``view``."""
-        params, grads, *states = ([view(t) for t in column] for column in (self.params, self.grads, *self.states))
-        return Batch(params, grads, self.steps, states)
+        return self._with(lambda column: [view(tensor) for tensor in column])
+
+    def _with(self, change: Callable[[list[Tensor]], list[Tensor]]) -> Batch:
+        params, grads, *states = map(change, (self.params, self.grads, *self.states))
+        return Batch(params, grads, self.steps, states, change(self.master) if self.master else [])
 
 
 class Tensorwise(Optimizer):
@@ -117,6 +122,9 @@ class Tensorwise(Optimizer):
         capturable: keep the step count on the parameter's device and never read it, so that a CUDA graph can hold the
             step. Default ``False``.
         differentiable: let autograd see the step. Default ``False``.
+        max_grad_norm: scale the gradients so that the 2-norm of all of them together is at most this, as
+            ``torch.nn.utils.clip_grad_norm_`` does, but within the step: gradients are read once more and not
+            written. Under a GradScaler the norm is that of the unscaled gradients. Default ``None``, no bound.
 
     Raises:
         TypeError: a hyper-parameter is not a number.
@@ -131,6 +139,9 @@ class Tensorwise(Optimizer):
 
     sparse: ClassVar[bool] = True
     """Whether sparse gradients are taken, row by row as in ``torch.optim.SparseAdam``."""
+
+    drawn: ClassVar[tuple[str, ...]] = ()
+    """Those of the rule's states that are made for one step and not kept; :meth:`_prepare` fills them."""
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf and does not wait for them
     _rule: ClassVar[Rule]
@@ -149,14 +160,19 @@ class Tensorwise(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         flags = dict(maximize=maximize, capturable=capturable, differentiable=differentiable)
-        decay = dict(weight_decay=0.0, decoupled_weight_decay=True)
+        decay = dict(weight_decay=0.0, decoupled_weight_decay=True, max_grad_norm=max_grad_norm)
         super().__init__(params, {**decay, **defaults, **flags})
 
     def rule(self, group: Group) -> Rule:
         """The rule that a group follows; a flag that changes the state chooses between two."""
         return self._rule
+
+    def settings(self, group: Group) -> Group:
+        """What the rule's hyper-parameters are read from: the group."""
+        return group
 
     def init(self, name: str, param: Tensor) -> Tensor:
         """The first value of a state tensor: zeros like the parameter."""
@@ -189,7 +205,11 @@ class Tensorwise(Optimizer):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for name, (low, high, allowed) in _RANGES.items():
             for value in betas if name == "betas" else [group[name]] if name in group else []:
-                _check_number(name, value, low, high, allowed)
+                check_number(name, value, low, high, allowed)
+        if group["max_grad_norm"] is not None:
+            check_number("max_grad_norm", group["max_grad_norm"], 0.0, math.inf, "> 0, or None", above=True)
+        if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
+            raise ValueError("max_grad_norm bounds the gradients of all groups together; it has one value for all")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -221,9 +241,25 @@ class Tensorwise(Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             calls = self._checked_calls() if not torch.compiler.is_compiling() else self._all_calls()
+            scale = self._prepare(calls)
             for group, backend, batch in calls:
-                getattr(self, "_" + backend)(group, batch)
+                getattr(self, "_" + backend)(group, batch, scale)
+        self._finish()
         return loss
+
+    def _finish(self) -> None:
+        """Called after a step."""
+
+    def _prepare(self, calls: list[tuple[Group, str, Batch]]) -> Tensor | None:
+        """What a step needs to know of all gradients together: by how much they are to be divided."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        bound = self.defaults["max_grad_norm"]
+        grads = [grad for _, _, batch in calls for grad in batch.grads]
+        if bound is None or not grads:
+            return scale
+        norm = sum_of_products(grads, grads).sqrt()
+        loss_scale = torch.ones_like(norm) if scale is None else scale.to(norm.device)
+        return loss_scale.mul(((norm / loss_scale + 1e-6) / bound).clamp_min(1.0))  # 1e-6 as in clip_grad_norm_
 
     def _all_calls(self) -> list[tuple[Group, str, Batch]]:
         return [call for group in self.param_groups for call in self._calls(group, self._gather(group))]
@@ -251,9 +287,26 @@ class Tensorwise(Optimizer):
         return calls
 
     def _gather(self, group: Group) -> Batch:
-        batch = Batch([], [], [], [[] for _ in self.rule(group).states])
-        self._init_group(group, batch.params, batch.grads, batch.steps, *batch.states)
+        batch = Batch([], [], [], [[] for _ in self.rule(group).states], [])
+        extra = [batch.master] if "master" in self._extra(group) else []
+        self._init_group(group, batch.params, batch.grads, batch.steps, *batch.states, *extra)
         return batch
+
+    def _kept(self, group: Group) -> list[str]:
+        """The names of what is kept of a parameter beside its step count."""
+        return [name for name in self.rule(group).states if name not in self.drawn] + self._extra(group)
+
+    def _extra(self, group: Group) -> list[str]:
+        """Those of them that are not the rule's."""
+        narrow = group.get("rounding") == "master" and any(p.dtype in _STATE_DTYPE for p in group["params"])
+        return ["master"] if narrow else []
+
+    def _first(self, group: Group, name: str, param: Tensor) -> Tensor:
+        """The first value of what is kept, in the form that it is kept in."""
+        if name == "master":
+            return param.detach().to(_STATE_DTYPE[param.dtype])
+        value = self.init(name, param)
+        return value.to(group.get("state_dtype") or value.dtype) if name in self.rule(group).states else value
 
     def _calls(self, group: Group, batch: Batch) -> list[tuple[Group, str, Batch]]:
         """How a group is updated: batches and the back-ends that take them."""
@@ -269,19 +322,28 @@ class Tensorwise(Optimizer):
         self, group: Group, params: list[Tensor], grads: list[Tensor], steps: list[Tensor], *states: list[Tensor]
     ) -> None:
         """Append the group's parameters that have gradients, with their gradients and (made where missing) state."""
-        names = self.rule(group).states
+        names = [*self.rule(group).states, *(["master"] if "master" in self._extra(group) else [])]
         params += [param for param in group["params"] if param.grad is not None]
         grads += [cast(Tensor, param.grad) for param in params]
         rows = [self.state[param] for param in params]
         for param, row in zip(params, rows, strict=True):
             if not row:
                 row["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device(group, param))
-                for name in names:
-                    row[name] = self.init(name, param)
+                for name in self._kept(group):
+                    if name != "master" or param.dtype in _STATE_DTYPE:
+                        row[name] = self._first(group, name, param)
         try:
             steps += [row["step"] for row in rows]
             for name, column in zip(names, states, strict=True):
-                column += [row[name] for row in rows]
+                if name in self.drawn:
+                    column += [self.init(name, param) for param in params]
+                elif name == "master":
+                    column += [
+                        row[name] if p.dtype in _STATE_DTYPE else _NO_MASTER
+                        for p, row in zip(params, rows, strict=True)
+                    ]
+                else:
+                    column += [row[name] for row in rows]
         except KeyError as error:
             raise RuntimeError(f"the state of a parameter lacks {error}; {type(self).__name__} needs {names}") from None
 
@@ -313,27 +375,29 @@ class Tensorwise(Optimizer):
 
     # Back-ends
 
-    def _single(self, group: Group, batch: Batch) -> None:
+    def _single(self, group: Group, batch: Batch, scale: Tensor | None) -> None:
         """One parameter after the other."""
         for index in range(len(batch.params)):
             row = batch.pick([index])
             if row.grads[0].layout is torch.strided:
-                self._update(group, row, wrap=lambda tensors: tensors[0])
+                self._update(group, row, scale, wrap=lambda tensors: tensors[0])
             else:
-                self._update_rows(group, row)
+                self._update_rows(group, row, scale)
 
-    def _update_rows(self, group: Group, batch: Batch) -> None:
+    def _update_rows(self, group: Group, batch: Batch, scale: Tensor | None) -> None:
         """A parameter with a sparse gradient: only what the gradient names is touched."""
         grad = batch.grads[0].coalesce()
-        index = tuple(grad.indices())
-        dense = batch._replace(grads=[grad.values()])
-        rows = Batch([batch.params[0][index]], dense.grads, batch.steps, [[state[0][index]] for state in batch.states])
-        self._update(group, rows, wrap=lambda tensors: tensors[0])
-        batch.params[0][index] = rows.params[0]
-        for state, row in zip(batch.states, rows.states, strict=True):
-            state[0][index] = row[0]
+        index, values = tuple(grad.indices()), grad.values()
+        rows = batch._replace(grads=[values]).map(lambda tensor: tensor if tensor is values else tensor[index])
+        self._update(group, rows, scale, wrap=lambda tensors: tensors[0])
+        written = zip(
+            (batch.params, *batch.states, batch.master), (rows.params, *rows.states, rows.master), strict=True
+        )
+        for columns in written:
+            for whole, part in zip(*columns, strict=True):
+                whole[index] = part
 
-    def _update(self, group: Group, batch: Batch, wrap: Callable[[list[Tensor]], Any]) -> None:
+    def _update(self, group: Group, batch: Batch, scale: Tensor | None, wrap: Callable[[list[Tensor]], Any]) -> None:
         """Loss scale, sign and decay, then the rule, on what ``wrap`` makes of a list of tensors."""
         if self._overflowed():
             return
@@ -343,18 +407,22 @@ class Tensorwise(Optimizer):
         else:  # in float32 a bias correction of 1 - 0.999**step has four digits
             step = wrap([step.double() for step in batch.steps])
         if _sharded_alike(batch.params[0], batch.grads[0], *(state[0] for state in batch.states)):
-            batch = batch.map(_local)
+            batch = batch.map(local)
         if batch.params[0].is_complex():
             batch = batch.map(torch.view_as_real)
         dtype = batch.params[0].dtype
         wide = _STATE_DTYPE.get(dtype, dtype)
         params = [param.to(wide) for param in batch.params]
-        param, grad, *states = (wrap(column) for column in (params, [g.to(wide) for g in batch.grads], *batch.states))
+        if batch.master and wide is not dtype:
+            # Where it is not what the parameter was rounded from, somebody has changed the parameter.
+            kept = zip(batch.master, batch.params, params, strict=True)
+            params = [torch.where(master.to(dtype) == narrow, master, param) for master, narrow, param in kept]
+        stored = [[state.to(wide) for state in column] for column in batch.states]
+        param, grad, *states = (wrap(column) for column in (params, [g.to(wide) for g in batch.grads], *stored))
 
         rule, lr, weight_decay = self.rule(group), self._lr(group), group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = wrap([lr] * len(params))
-        scale = getattr(self, "grad_scale", None)
         if scale is not None:
             grad = grad * (1 / scale.to(batch.grads[0].device))
         if group["maximize"]:
@@ -362,15 +430,34 @@ class Tensorwise(Optimizer):
         if weight_decay != 0 and group["decoupled_weight_decay"]:
             param *= 1 - (weight_decay if group.get("fixed_decay") else lr * weight_decay)
         elif weight_decay != 0:
-            grad = grad + weight_decay * param
+            grad = grad + weight_decay * self.pull(group, param)
         # What autograd has saved of one step must not be written to by the next.
         written = [state.clone() for state in states] if group["differentiable"] else states
-        rule.update(param, grad, *written, lr=lr, step=step, **rule.hyper_values(group))
+        rule.update(param, grad, *written, lr=lr, step=step, **rule.hyper_values(self.settings(group)))
         if group["differentiable"]:
             for state, value in zip(states, written, strict=True):
                 state.copy_(value)
-        if wide is not dtype:
+        for place, (column, values) in enumerate(zip(batch.states, stored, strict=True)):
+            if column[0].dtype is not wide:
+                self._round(group, batch.steps, column, values, place)
+        if wide is not dtype and group.get("rounding") == "stochastic":
+            self._round(group, batch.steps, batch.params, params, len(stored))
+        elif wide is not dtype:
             torch._foreach_copy_(batch.params, params)
+            if batch.master:
+                torch._foreach_copy_(batch.master, params)
+
+    def _round(
+        self, group: Group, steps: list[Tensor], targets: list[Tensor], values: list[Tensor], place: int
+    ) -> None:
+        """Write to the ``place``-th array of each parameter by stochastic rounding."""
+        for index, (step, target, value) in enumerate(zip(steps, targets, values, strict=True)):
+            key = random_key(group["seed"], step, index, place // 2).to(target.device)
+            round_randomly_(target, value, key, place % 2 * 16)
+
+    def pull(self, group: Group, param: Any) -> Any:
+        """What weight decay that is coupled adds to the gradient, before it is weighted: the parameter."""
+        return param
 
     def _overflowed(self) -> bool:
         """Whether a GradScaler found an infinite gradient, so that this step must not happen."""
@@ -381,10 +468,17 @@ class Tensorwise(Optimizer):
         """Whether Python may look into step counts and learning rates, which makes them constants of a graph."""
         return not (group["capturable"] or torch.compiler.is_compiling())
 
-    def _lr(self, group: Group) -> Scalar:
+    def _rate(self, group: Group) -> Scalar:
+        """The learning rate that the rule is given."""
         lr: Scalar = group["lr"]
+        return lr
+
+    def _lr(self, group: Group) -> Scalar:
+        lr = self._rate(group)
         if isinstance(lr, Tensor):
-            return lr.item() if self._reads_steps(group) and not group["differentiable"] else lr.reshape(())
+            if self._reads_steps(group) and not group["differentiable"]:
+                return lr.item()
+            return lr.reshape(()).double()  # a float32 lr * weight_decay has seven digits
         return lr
 
     # Checkpoints
@@ -442,17 +536,21 @@ class Tensorwise(Optimizer):
             for index, param in zip(saved_group["params"], group["params"], strict=True):
                 state = state_dict["state"].get(index, {})
                 if state != {}:
-                    self._check_state(f"parameter {index}", state, self.rule(merged).states, param)
+                    self._check_state(f"parameter {index}", state, merged, param)
         return {**state_dict, "param_groups": groups}
 
-    def _check_state(self, owner: str, state: dict[str, Any], names: list[str], param: Tensor) -> None:
+    def _check_state(self, owner: str, state: dict[str, Any], group: Group, param: Tensor) -> None:
+        kept = self._kept(group)
+        names = [name for name in kept if name != "master"]
         if not isinstance(state, dict) or not {"step", *names} <= state.keys():
             has = ", ".join(map(str, state)) if isinstance(state, dict) else repr(state)
             needs = ", ".join(["step", *names])
             raise ValueError(f"the state of {owner} has {has}; {type(self).__name__} needs {needs}")
-        for name in names:
-            like, value = self.init(name, param), state[name]
-            kind = "complex" if like.is_complex() else "floating-point"
+        if "master" in kept and param.dtype not in _STATE_DTYPE:
+            kept.remove("master")
+        for name in (name for name in kept if name in state):
+            like, value = self._first(group, name, param), state[name]
+            kind = "complex" if like.is_complex() else "floating-point" if like.is_floating_point() else "integer"
             if (
                 not isinstance(value, Tensor)
                 or value.shape != like.shape
@@ -485,9 +583,11 @@ class Tensorwise(Optimizer):
                 state["step"] = torch.as_tensor(
                     saved["step"], dtype=torch.float32, device=self._step_device(group, param)
                 ).reshape(())
-                for name in self.rule(group).states:
-                    like = self.init(name, param)
-                    value = saved[name].to(device=like.device, dtype=like.dtype)
+                for name in self._kept(group):
+                    if name == "master" and param.dtype not in _STATE_DTYPE:
+                        continue
+                    like = self._first(group, name, param)
+                    value = saved.get(name, like).to(device=like.device, dtype=like.dtype)
                     state[name] = value if value.stride() == like.stride() else like.copy_(value)
 
 
@@ -504,6 +604,12 @@ class Elementwise(Tensorwise):
         fused: update all parameters by one native call that makes no temporaries. ``None``, the default, does so
             where there is a native library for the device and the tensors fit: not sparse, without gaps or overlap
             in memory, a gradient of the parameter's strides. ``True`` makes it an error if that cannot be.
+        state_dtype: ``torch.bfloat16`` keeps the state in half the memory of float32, of float32, bfloat16 and float16
+            parameters, by stochastic rounding. Default ``None``: float32, or float64 for float64 parameters.
+        rounding: what becomes of the bits that a 16-bit parameter cannot hold. ``"nearest"``, the default and what
+            ``torch.optim`` does, loses steps of less than 0.2 % of a bfloat16 parameter; ``"stochastic"`` rounds
+            bfloat16 up or down so that the mean is right; ``"master"`` keeps the unrounded parameter in float32.
+        seed: of stochastic rounding, a whole number. Default 0.
 
     Raises:
         RuntimeError: ``fused=True`` cannot be met, from the constructor or from ``step``; the message says why.
@@ -516,12 +622,16 @@ class Elementwise(Tensorwise):
         *,
         foreach: bool | None = None,
         fused: bool | None = None,
-        **impl: bool,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        **impl: Any,
     ) -> None:
         if fused is None and foreach is None and ops.missing("cpu"):
             _warn_once(f"no fused steps, they go through foreach: {ops.missing('cpu')}")
         self._held: dict[int, ops.Held] = {}  # by the group's id: what the native side keeps of it
-        super().__init__(params, {**defaults, "foreach": foreach, "fused": fused}, **impl)
+        store = dict(state_dtype=state_dtype, rounding=rounding, seed=seed)
+        super().__init__(params, {**store, **defaults, "foreach": foreach, "fused": fused}, **impl)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -530,6 +640,7 @@ class Elementwise(Tensorwise):
     def check_group(self, group: Group) -> None:
         super().check_group(group)
         check_flags({name: group[name] for name in ("foreach", "fused") if group[name] is not None}, "foreach", "fused")
+        self._check_store(group)
         if not group["fused"]:
             return
         if group["foreach"]:
@@ -541,6 +652,23 @@ class Elementwise(Tensorwise):
             if reason:
                 raise RuntimeError(f"fused=True cannot be met for params[{index}]: {reason}")
 
+    def _check_store(self, group: Group) -> None:
+        dtype, rounding, seed = group["state_dtype"], group["rounding"], group["seed"]
+        if dtype not in (None, torch.bfloat16):
+            why = "; float16 cannot hold the square of a small gradient" if dtype is torch.float16 else ""
+            raise ValueError(f"state_dtype must be torch.bfloat16 or None, got {dtype!r}{why}")
+        if rounding not in _ROUNDINGS:
+            raise ValueError(f"rounding must be one of {_ROUNDINGS}, got {rounding!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number, got {seed!r}")
+        if group["differentiable"] and (dtype or rounding == "stochastic"):
+            raise ValueError("differentiable=True goes with neither state_dtype nor rounding='stochastic'")
+        for index, param in enumerate(group["params"]):
+            if dtype and (param.dtype not in _FUSED_DTYPES or param.dtype is torch.float64):
+                raise ValueError(f"state_dtype={dtype} cannot hold the state of params[{index}], a {param.dtype}")
+            if rounding == "stochastic" and param.dtype is torch.float16:
+                raise ValueError(f"rounding='stochastic' is for bfloat16, and params[{index}] is torch.float16")
+
     def _not_fused(self, group: Group, param: Tensor, *others: Tensor) -> str:
         """Why a parameter's step cannot be fused, or an empty string; ``others`` are its gradient and state."""
         if self.rule(group).fused is None:
@@ -548,7 +676,7 @@ class Elementwise(Tensorwise):
         if isinstance(param, _SHARDED):
             if not _sharded_alike(param, *others):
                 return "gradient or state are sharded in another way than the parameter"
-            param, others = _local(param), tuple(_local(tensor) for tensor in others)
+            param, others = local(param), tuple(local(tensor) for tensor in others)
         elif type(param) not in _PLAIN:
             return f"{type(param).__name__} is a tensor subclass that the native step does not know"
         if ops.missing(param.device.type):
@@ -578,8 +706,9 @@ class Elementwise(Tensorwise):
             self._held.pop(id(group), None)
             return super()._calls(group, batch)
         held = self._held.get(id(group))
-        known = held is not None and held.holds((*batch.states, batch.steps))
-        looked_at = (batch.params, batch.grads, *(() if known else (*batch.states, batch.steps)))
+        kept = (*batch.states, batch.steps, *([batch.master] if batch.master else []))
+        known = held is not None and held.holds(kept)
+        looked_at = (batch.params, batch.grads, *(() if known else kept))
         usual = all({*map(type, column)} <= _PLAIN and all(map(Tensor.is_contiguous, column)) for column in looked_at)
         if usual and known:
             return [(group, "held_lists", batch)]
@@ -592,8 +721,8 @@ class Elementwise(Tensorwise):
         if not usual:
             self._held.pop(id(group), None)
             return super()._calls(group, batch)
-        if batch.params[0].is_cpu:
-            self._held[id(group)] = ops.Held((*batch.states, batch.steps))
+        if batch.params[0].is_cpu and not self.drawn:
+            self._held[id(group)] = ops.Held(kept)
         return [(group, "fused", batch)]
 
     def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
@@ -624,59 +753,65 @@ class Elementwise(Tensorwise):
 
     def _check_states(self, group: Group, owner: str, param: Tensor, states: list[Tensor]) -> None:
         for name, state in zip(self.rule(group).states, states, strict=True):
-            _check_twin(name, owner, state, param, _STATE_DTYPE.get(param.dtype, param.dtype))
+            dtype = group["state_dtype"] or _STATE_DTYPE.get(param.dtype, param.dtype)
+            _check_twin(name, owner, state, param, dtype)
 
     def _check_call(self, group: Group, backend: str, batch: Batch) -> None:
         if backend == "held_lists":
-            self._held_lists(group, batch, rehearse=True)
+            self._held_lists(group, batch, None, rehearse=True)
         else:
             super()._check_call(group, backend, batch)
 
-    def _foreach(self, group: Group, batch: Batch) -> None:
+    def _foreach(self, group: Group, batch: Batch, scale: Tensor | None) -> None:
         """Parameters of one device, dtype and step count, by calls over lists."""
-        self._update(group, batch, wrap=TensorList)
+        self._update(group, batch, scale, wrap=TensorList)
 
-    def _fused(self, group: Group, batch: Batch) -> None:
+    def _fused(self, group: Group, batch: Batch, scale: Tensor | None) -> None:
         """Parameters of one device, by one native call."""
         params = batch.params
         if isinstance(params[0], _SHARDED):
-            batch = batch.map(_local)
+            batch = batch.map(local)
         if params[0].is_complex():
             batch = batch.map(torch.view_as_real)
-        self._call_fused(group, params, [batch.params, batch.grads, *batch.states], batch.steps)
+        self._call_fused(group, params, batch, scale)
 
-    def _held_lists(self, group: Group, batch: Batch, rehearse: bool = False) -> None:
+    def _held_lists(self, group: Group, batch: Batch, scale: Tensor | None, rehearse: bool = False) -> None:
         """The same, when the native side has the state already."""
-        lists = [batch.params, batch.grads, *([] for _ in batch.states)]
-        self._call_fused(group, batch.params, lists, [], self._held[id(group)].number, rehearse)
+        bare = Batch(batch.params, batch.grads, [], [[] for _ in batch.states], [])
+        self._call_fused(group, batch.params, bare, scale, self._held[id(group)].number, rehearse)
 
     def _call_fused(
         self,
         group: Group,
         params: list[Tensor],
-        lists: list[list[Tensor]],
-        steps: list[Tensor],
+        batch: Batch,
+        scale: Tensor | None,
         held: int = 0,
         rehearse: bool = False,
     ) -> None:
-        device, lr, rule = params[0].device, group["lr"], self.rule(group)
+        device, lr, rule = params[0].device, self._rate(group), self.rule(group)
         assert rule.fused is not None  # else _bucket had chosen another back-end
         if not isinstance(lr, Tensor) or not lr.is_floating_point():
             lr = torch.as_tensor(lr, dtype=torch.float64, device="cpu")  # wherever tensors are made by default
         # A step with an overflow checks everything and writes nothing, which is what a rehearsal is.
         found_inf = torch.ones((), device="cpu") if rehearse else getattr(self, "found_inf", None)
         rule.fused(
-            *lists,
+            batch.params,
+            batch.grads,
+            *batch.states,
             lr=lr if lr.is_cpu else lr.to(device),
-            step=steps,
+            step=batch.steps,
+            master=batch.master,
             weight_decay=group["weight_decay"],
             decoupled_weight_decay=group["decoupled_weight_decay"],
             fixed_decay=group.get("fixed_decay", False),
             maximize=group["maximize"],
-            grad_scale=_on(device, getattr(self, "grad_scale", None)),
+            stochastic=group["rounding"] == "stochastic",
+            seed=group["seed"],
+            grad_scale=_on(device, scale),
             found_inf=_on(device, found_inf),
             held=held,
-            **rule.hyper_values(group),
+            **rule.hyper_values(self.settings(group)),
         )
         # Autograd has to notice a parameter that it had saved for backward.
         if not rehearse and not torch.compiler.is_compiling():
@@ -691,8 +826,59 @@ def _check_twin(name: str, owner: str, tensor: Tensor, param: Tensor, dtype: tor
         )
 
 
-def _local(tensor: Any) -> Tensor:
-    return cast(Tensor, tensor.to_local())
+def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """The inner product of two lists of tensors, each list read as one vector, in float64: over shards as well.
+
+    Args:
+        left, right: tensors of the same shapes; of complex ones the real and imaginary parts are coordinates.
+    """
+    native: list[tuple[Tensor, Tensor]] = []
+    sums = []
+    for a, b in zip(map(_dense, left), map(_dense, right), strict=True):
+        if _is_native(a) and _is_native(b) and _same_strides(a, b):
+            native.append((a, b))
+        else:
+            sums.append(_inner(a, b))
+    if native:
+        sums.append(torch.zeros((), dtype=torch.float64, device="cpu"))
+        torch.ops.optimzoo.dot([a for a, _ in native], [b for _, b in native], sums[-1])
+    return functools.reduce(lambda total, other: total + other.to(total.device), sums)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    tensor = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _is_native(tensor: Tensor) -> bool:
+    kind = type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in _FUSED_DTYPES
+    if torch.is_grad_enabled() and tensor.requires_grad:  # the op has no derivative
+        return False
+    return kind and not ops.missing("cpu") and _is_dense(tensor)
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    total = torch.sum(left * right, dtype=torch.float64)
+    return cast(Any, total).full_tensor() if isinstance(total, _SHARDED) else total
+
+
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor."""
+    shards: Any = tensor
+    return cast(Tensor, shards.to_local() if isinstance(tensor, _SHARDED) else tensor)
+
+
+def shard_number(tensor: Any) -> int:
+    """Which of the different parts of a tensor this process holds, counted from zero."""
+    if not isinstance(tensor, _SHARDED):
+        return 0
+    shards: Any = tensor
+    number = 0
+    for size, place, placement in zip(
+        shards.device_mesh.shape, shards.device_mesh.get_coordinate(), shards.placements, strict=True
+    ):
+        number = number * size + place if placement.is_shard() else number
+    return number
 
 
 def _sharded_alike(*tensors: Any) -> bool:
@@ -704,7 +890,7 @@ def _sharded_alike(*tensors: Any) -> bool:
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, torch.float32)
+    return None if tensor is None else tensor.to(device, torch.float64 if device.type == "cpu" else torch.float32)
 
 
 def warn(message: str) -> None:
@@ -750,12 +936,13 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:
+def check_number(name: str, value: Any, low: float, high: float, allowed: str, above: bool = False) -> None:
+    """Raise unless a number is at least ``low``, or ``above`` it, and less than ``high``; ``allowed`` says so."""
     if isinstance(value, Tensor) and name == "lr":
         if value.numel() != 1:
             raise ValueError(f"lr must be one number, got a tensor of shape {tuple(value.shape)}")
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
-    if not low <= float(value) < high:
+    if not low <= float(value) < high or (above and value == low):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

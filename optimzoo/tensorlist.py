@@ -95,6 +95,11 @@ def at_least(x: Any, bound: float) -> Any:
     return max(x, bound) if isinstance(x, float | int) else x.clamp_min(bound)
 
 
+def finite(x: Any) -> Any:
+    """Which numbers of a tensor, or of a list of tensors, are neither infinite nor NaN."""
+    return TensorList([tensor.isfinite() for tensor in x.tensors]) if isinstance(x, TensorList) else x.isfinite()
+
+
 def where(condition: Any, x: Any, y: Any) -> Any:
     """``x`` where ``condition`` holds and ``y`` elsewhere; a condition of one element decides for a whole tensor."""
     if isinstance(condition, bool):

@@ -110,6 +110,12 @@ def results(optimizer: Optimizer) -> list[Tensor]:
     return [t.detach() for t in [*params, *state]]
 
 
+def averages(optimizer: Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """What the method keeps of a parameter, without what the base class does."""
+    row = optimizer.state[param]
+    return {name: row[name] for name in optimizer.rule(optimizer.param_groups[0]).states if name in row}
+
+
 def same(left: Optimizer, right: Optimizer) -> bool:
     """Whether parameters and state have the same bits."""
     return [bits(t)[:2] + bits(t)[3:] for t in results(left)] == [bits(t)[:2] + bits(t)[3:] for t in results(right)]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import each_backend, each_case, tolerance
-from steps import advance, bits, close, copies, gradients, normal, parameters, results, same, saved
+from steps import advance, averages, bits, close, copies, gradients, normal, parameters, results, same, saved
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
@@ -17,7 +17,7 @@ each_narrow = pytest.mark.parametrize("dtype", NARROW, ids=str)
 
 def float_state(optimizer):
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [value for p in params for name, value in optimizer.state[p].items() if name != "step"]
+    return [value for p in params for value in averages(optimizer, p).values()]
 
 
 @each_narrow
@@ -30,7 +30,7 @@ def test_the_state_of_narrow_parameters_is_float32_after_loading_and_has_its_bit
         advance(optimizer, [[1e-4 * g for g in row] for row in gradients(params, 3, seed=2)])
         other = case.cls(copies(params), **settings)
         other.load_state_dict(saved(optimizer))
-        assert {value.dtype for value in float_state(other)} == {torch.float32}
+        assert {value.dtype for value in float_state(other)} <= {torch.float32}
         assert same(optimizer, other), settings
 
 
@@ -45,7 +45,7 @@ def test_users_load_hooks_see_the_state_in_its_own_dtype(case, dtype):
     other.register_load_state_dict_post_hook(lambda opt: seen.append({v.dtype for v in float_state(opt)}))
     other.register_load_state_dict_post_hook(lambda opt: seen.append(same(optimizer, opt)), prepend=True)
     other.load_state_dict({"wrapped": saved(optimizer)})
-    assert seen == [True, {torch.float32}]
+    assert seen == [True, {torch.float32} if case.states else set()]
     assert len(other._optimizer_load_state_dict_pre_hooks) == 1
     assert len(other._optimizer_load_state_dict_post_hooks) == 2
 
@@ -57,10 +57,10 @@ def test_state_that_torch_had_cast_to_the_parameters_dtype_is_widened_again(case
     optimizer = advance(case.cls(params), gradients(params, 2))
     state_dict = saved(optimizer)
     for row in state_dict["state"].values():
-        row.update({name: value.to(dtype) for name, value in row.items() if name != "step"})
+        row.update({name: row[name].to(dtype) for name in case.states})
     other = case.cls(copies(params))
     other.load_state_dict(state_dict)
-    assert {value.dtype for value in float_state(other)} == {torch.float32}
+    assert {value.dtype for value in float_state(other)} <= {torch.float32}
     for left, right in zip(results(other), results(optimizer), strict=True):
         torch.testing.assert_close(left, right, rtol=tolerance(dtype, 1), atol=1e-6)
     advance(other, gradients(params, 1))
@@ -76,7 +76,7 @@ def test_a_run_may_go_on_in_another_dtype(case, start, end):
     other = case.cls(cast)
     other.load_state_dict(saved(optimizer))
     wide = torch.float64 if end is torch.float64 else torch.float32
-    assert {value.dtype for value in float_state(other)} == {wide}
+    assert {value.dtype for value in float_state(other)} <= {wide}
     for left, right in zip(float_state(other), float_state(optimizer), strict=True):
         assert torch.equal(left, right.to(wide))
     advance(other, gradients(cast, 1))
@@ -129,7 +129,7 @@ def test_settings_that_a_checkpoint_lacks_stay_this_optimizers(case):
 @each_case
 def test_settings_of_a_users_own_come_with_the_checkpoint(case):
     params = parameters()
-    optimizer = case.cls([dict(params=params, layer="head")])
+    optimizer = case.cls([dict(params=params, layer="head")], lr=1e-3)
     schedule = ExponentialLR(optimizer, 0.5)
     advance(optimizer, gradients(params, 1))
     schedule.step()

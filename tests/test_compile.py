@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, each_case, tolerance
+from cases import CASES, tolerance
 from steps import advance, close, copies, gradients, parameters, results
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
@@ -16,9 +16,10 @@ def forget_graphs():
     torch._dynamo.reset()
 
 
+COMPILED = [case for case in CASES if "compile" not in case.refuses]
 ROWS = [
     pytest.param(case, case.backends[name], id=f"{case.name}-{name}")
-    for case in CASES
+    for case in COMPILED
     for name in ("single", "foreach", "fused")
     if name in case.backends
 ]
@@ -68,7 +69,7 @@ def test_parameters_of_any_strides_compile(case, backend):
         assert_compiles(case, backend, "eager", torch.tensor(0.01), steps=3, layouts=layouts)
 
 
-@each_case
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
 def test_a_number_as_learning_rate_compiles_too(case):
     counter = CompileCounter()
     assert_compiles(case, {}, counter, 0.01)

@@ -42,7 +42,7 @@ WRONG_NUMBERS = [
     pytest.param(case, name, value, id=f"{case.name}-{name}-{value}")
     for case in CASES
     for name, values in NUMBERS.items()
-    if name in case.cls([torch.zeros(1, requires_grad=True)]).defaults
+    if name in case.cls([torch.ones(1, requires_grad=True)]).defaults
     for value in [*values, *NOT_IN_RANGE, *NOT_A_NUMBER]
 ]
 
@@ -125,26 +125,26 @@ def test_no_parameters_are_an_error(case):
 @each_case
 def test_a_tensor_in_place_of_a_list_is_an_error(case):
     with pytest.raises(TypeError, match="iterable"):
-        case.cls(torch.zeros(3, requires_grad=True))
+        case.cls(torch.ones(3, requires_grad=True))
 
 
 @each_case
 def test_a_parameter_that_is_not_a_leaf_is_an_error(case):
     with pytest.raises(ValueError, match="non-leaf"):
-        case.cls([torch.zeros(3, requires_grad=True) * 2])
+        case.cls([torch.ones(3, requires_grad=True) * 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.uint8], ids=str)
 @each_case
 def test_an_integer_parameter_is_an_error(case, dtype):
-    good, bad = torch.zeros(3, requires_grad=True), torch.zeros(3, dtype=dtype)
+    good, bad = torch.ones(3, requires_grad=True), torch.zeros(3, dtype=dtype)
     with pytest.raises(ValueError, match=rf"params\[1\].*{dtype}"):
         case.cls([good, bad])
 
 
 @each_case
 def test_a_parameter_in_two_groups_is_an_error(case):
-    param = torch.zeros(3, requires_grad=True)
+    param = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match="more than one"):
         case.cls([dict(params=[param]), dict(params=[param])])
 
@@ -152,10 +152,10 @@ def test_a_parameter_in_two_groups_is_an_error(case):
 @pytest.mark.parametrize(
     ("group", "error"),
     [
-        (lambda old: dict(params=[torch.zeros(2, requires_grad=True)], lr=-1.0), ValueError),
-        (lambda old: dict(params=[torch.zeros(2, requires_grad=True)], weight_decay="a"), TypeError),
-        (lambda old: dict(params=[torch.zeros(2, dtype=torch.int32)]), ValueError),
-        (lambda old: dict(params=[torch.zeros(2, requires_grad=True) * 2]), ValueError),
+        (lambda old: dict(params=[torch.ones(2, requires_grad=True)], lr=-1.0), ValueError),
+        (lambda old: dict(params=[torch.ones(2, requires_grad=True)], weight_decay="a"), TypeError),
+        (lambda old: dict(params=[torch.ones(2, dtype=torch.int32)]), ValueError),
+        (lambda old: dict(params=[torch.ones(2, requires_grad=True) * 2]), ValueError),
         (lambda old: dict(params=old), ValueError),
     ],
     ids=["lr", "decay", "integer", "non-leaf", "twice"],
@@ -178,24 +178,24 @@ BIG = dict(requires_grad=True)
 @pytest.mark.parametrize(
     ("options", "param", "message"),
     [
-        (dict(foreach=True), lambda: torch.zeros(3, **BIG), "fused and foreach"),
-        (dict(differentiable=True), lambda: torch.zeros(3, **BIG), "differentiable"),
-        ({}, lambda: torch.zeros(4, 6)[:, ::2].requires_grad_(), "gaps"),
-        ({}, lambda: torch.zeros(3).expand(2, 3).requires_grad_(), "overlap"),
-        ({}, lambda: torch.zeros(3, device="meta", **BIG), "meta"),
+        (dict(foreach=True), lambda: torch.ones(3, **BIG), "fused and foreach"),
+        (dict(differentiable=True), lambda: torch.ones(3, **BIG), "differentiable"),
+        ({}, lambda: torch.ones(4, 6)[:, ::2].requires_grad_(), "gaps"),
+        ({}, lambda: torch.ones(3).expand(2, 3).requires_grad_(), "overlap"),
+        ({}, lambda: torch.ones(3, device="meta", **BIG), "meta"),
     ],
     ids=["foreach", "differentiable", "gaps", "overlap", "device"],
 )
 @each_elementwise
 def test_fused_that_cannot_be_met_says_why_at_once(case, options, param, message):
-    good = torch.zeros(3, requires_grad=True)
+    good = torch.ones(3, requires_grad=True)
     with pytest.raises(RuntimeError, match=message):
         case.cls([good, param()], fused=True, **options)
 
 
 @each_elementwise
 def test_fused_with_a_gradient_of_other_strides_says_why_in_the_step(case):
-    good, bad = torch.zeros(3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+    good, bad = torch.ones(3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
     optimizer = case.cls([good, bad], fused=True)
     good.grad, bad.grad = torch.ones(3), torch.ones(3, 2).t()
     before = snapshot(optimizer)
@@ -211,7 +211,7 @@ def test_fused_without_a_native_step_says_so():
             param -= lr * grad
 
     with pytest.raises(RuntimeError, match="Plain has no native step"):
-        Plain([torch.zeros(2, requires_grad=True)], dict(lr=0.1), fused=True)
+        Plain([torch.ones(2, requires_grad=True)], dict(lr=0.1), fused=True)
 
 
 # Gradients and state that do not fit their parameter
@@ -224,7 +224,7 @@ def row_gradient(param):
 
 
 def other_shape(optimizer, bad):
-    bad.data = torch.zeros(7, dtype=bad.dtype)
+    bad.data = torch.ones(7, dtype=bad.dtype)
 
 
 def other_dtype(optimizer, bad):
@@ -283,6 +283,8 @@ MISFITS = [
 def test_what_does_not_fit_its_parameter_raises_and_nothing_has_changed(case, backend, misfit, message, place):
     if misfit is sparse_gradient and "sparse" not in case.refuses:
         return
+    if misfit.__name__.startswith("state") and not case.states:
+        return
     good, bad = parameters(layouts=["transposed", "vector"])
     order = [bad, good] if place == "first" else [good, bad]
     groups = [dict(params=[p]) for p in order] if place == "other-group" else order
@@ -334,7 +336,7 @@ def test_a_failed_step_empties_a_row_of_state_that_was_only_looked_at(case, back
 def test_a_parameter_whose_elements_share_memory_is_an_error(case, backend):
     if backend.get("fused"):
         return  # said by the constructor, above
-    param = torch.zeros(3).expand(2, 3).requires_grad_()
+    param = torch.ones(3).expand(2, 3).requires_grad_()
     param.grad = torch.ones(2, 3)
     optimizer = case.cls([param], **backend)
     before = snapshot(optimizer)
@@ -347,7 +349,7 @@ def test_a_parameter_whose_elements_share_memory_is_an_error(case, backend):
 def test_sparse_gradients_are_refused_by_name(case):
     if "sparse" not in case.refuses:
         return
-    param = torch.zeros(4, 2, requires_grad=True)
+    param = torch.ones(4, 2, requires_grad=True)
     param.grad = row_gradient(param)
     optimizer = case.cls([param])
     with pytest.raises(RuntimeError, match=rf"{case.name}.*sparse"):
@@ -390,7 +392,7 @@ def test_a_checkpoint_with_an_entry_of_state_missing_is_refused(case):
 @each_case
 def test_a_checkpoint_of_other_shapes_is_refused(case):
     optimizer = stepped(case, lr=0.5)
-    for name in optimizer.rule(optimizer.param_groups[0]).states:
+    for name in case.states:
         state_dict = saved(stepped(case))
         state_dict["state"][1][name] = torch.zeros(4, 4)
         refused(optimizer, state_dict, ValueError, rf"{name} of parameter 1.*\(3, 5\).*\(4, 4\)")
@@ -413,10 +415,11 @@ def test_a_checkpoint_of_another_class_is_refused(case, other):
 
 @each_case
 def test_classes_with_other_state_refuse_each_others_checkpoints(case):
+    own = stepped(case)
     for other in CASES:
-        ours, theirs = (c.cls.update.__code__.co_varnames for c in (case, other))
-        if ours != theirs:
-            refused(stepped(case), saved(stepped(other)), ValueError, "needs")
+        theirs = saved(stepped(other))
+        if not saved(own)["state"][0].keys() <= theirs["state"][0].keys():
+            refused(own, theirs, ValueError, "needs")
 
 
 @pytest.mark.parametrize("setting", ["lr", "weight_decay", "betas", "eps", "momentum"])
@@ -508,9 +511,9 @@ def test_a_tensorwise_subclass_is_checked_too():
             param *= 1 - lr
 
     with pytest.raises(ValueError, match="lr must be"):
-        Halve([torch.zeros(2, requires_grad=True)], dict(lr=-1.0))
+        Halve([torch.ones(2, requires_grad=True)], dict(lr=-1.0))
     with pytest.raises(ValueError, match=r"params\[0\].*int64"):
-        Halve([torch.zeros(2, dtype=torch.int64)], dict(lr=0.1))
+        Halve([torch.ones(2, dtype=torch.int64)], dict(lr=0.1))
 
 
 @pytest.mark.parametrize("wrong", ["step", "lr"])
@@ -554,7 +557,7 @@ def test_parameters_can_be_swapped_between_steps():
         model(torch.ones(3)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    other = torch.nn.Parameter(torch.zeros(2, 3))
+    other = torch.nn.Parameter(torch.ones(2, 3))
     torch.utils.swap_tensors(model.weight, other)
 
 
@@ -567,7 +570,7 @@ def test_a_default_device_is_not_where_learning_rates_go():
 
 
 def test_a_sparse_gradient_of_a_transposed_parameter_is_named_as_such():
-    param = torch.nn.Parameter(torch.zeros(3, 4).t())
+    param = torch.nn.Parameter(torch.ones(3, 4).t())
     with torch.sparse.check_sparse_tensor_invariants(enable=True):
         param.grad = torch.eye(4)[:, :3].to_sparse()
     with pytest.raises(RuntimeError, match="does not take sparse gradients"):

@@ -10,7 +10,7 @@ struct AdaBelief {
   static constexpr const char* states[] = {"exp_avg", "exp_avg_var"};
   static constexpr const char* hyper[] = {"beta1", "beta2", "eps", "rectify", "degenerated_to_sgd"};
   T weight1, beta2, weight2, eps, step_size, root_correction;
-  bool moves = true, adaptive = true;
+  T moves = 1, adaptive = 1;  // not bool: a choice is vectorised if it is made on what is as wide as the rest
 
   OZ_FN AdaBelief(double lr, const double* h, double step)
       : AdaBelief(lr, h[0], h[1], h[2], h[3] != 0, h[4] != 0, step) {}
@@ -24,8 +24,8 @@ struct AdaBelief {
       const double rho_inf = 2 / (1 - b2) - 1;
       const double rho = rho_inf - 2 * step * power(b2, step) / correction2;
       adaptive = rho >= 5;
-      moves = adaptive || degenerated_to_sgd;
-      if (adaptive) {
+      moves = adaptive != 0 || degenerated_to_sgd;
+      if (adaptive != 0) {
         size *= sqrt(correction2 * (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho));
         root_correction = 1;
       }
@@ -41,8 +41,8 @@ struct AdaBelief {
 
   OZ_FN void operator()(T& param, T grad, T& exp_avg, T& exp_avg_var) const {
     average(grad, exp_avg, exp_avg_var);
-    const T denominator = adaptive ? std::sqrt(exp_avg_var) * root_correction + eps : T(1);
-    param -= moves ? step_size * exp_avg / denominator : T(0);
+    const T denominator = adaptive != 0 ? std::sqrt(exp_avg_var) * root_correction + eps : T(1);
+    param -= moves != 0 ? step_size * exp_avg / denominator : T(0);
   }
 };
 OZ_RULE(AdaBelief)

@@ -10,7 +10,7 @@ struct DiffGrad {
   static constexpr const char* states[] = {"exp_avg", "exp_avg_sq", "previous_grad"};
   static constexpr const char* hyper[] = {"beta1", "beta2", "eps", "variant"};
   T weight1, beta2, weight2, eps, step_size, root_correction, slope, height, base;
-  bool keep_sign;
+  T sign_below;  // differences less than this keep their sign
 
   OZ_FN DiffGrad(double lr, const double* h, double step)
       : weight1(1 - h[0]),
@@ -22,7 +22,7 @@ struct DiffGrad {
         slope(h[3] == 2 ? 0.5 : 1),
         height(h[3] == 2 ? 9 : 1),
         base(h[3] == 2 ? -4 : 0),
-        keep_sign(h[3] == 1) {}
+        sign_below(h[3] == 1 ? 0 : -std::numeric_limits<T>::infinity()) {}
 
   OZ_FN void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& previous_grad) const {
     exp_avg = lerp(grad, exp_avg, weight1);
@@ -30,7 +30,7 @@ struct DiffGrad {
     const T difference = previous_grad - grad;
     // sigmoid(x) from exp(-|x|), which never overflows
     const T tail = exp_neg(slope * std::abs(difference));
-    const T friction = height * ((keep_sign && difference < 0 ? tail : T(1)) / (1 + tail)) + base;
+    const T friction = height * ((difference < sign_below ? tail : T(1)) / (1 + tail)) + base;
     param -= step_size * friction * exp_avg / (std::sqrt(exp_avg_sq) * root_correction + eps);
     previous_grad = grad;
   }
