@@ -58,7 +58,7 @@ REFUSES: dict[str, dict[str, str]] = {
 }
 
 # Public names that this table does not drive, with the tests that show their contract instead.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {"GeometricBrownian": "test_diffusion.py"}
 
 BACKENDS: dict[str, dict[str, bool]] = {
     "single": dict(foreach=False, fused=False),
