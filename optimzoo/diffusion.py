@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,16 +109,16 @@ class GeometricBrownian:
     ) -> Tensor:
         r"""Run the process backwards from :math:`t = 1` and return the samples.
 
-        At :math:`t = 1, (N-1)/N, \dots, 1/N`, with :math:`A` the product of all dampings so far,
+        At :math:`t = 1, (N-1)/N, \ldots, 1/N`, with :math:`A` the product of all dampings so far,
 
         .. math::
             x &\leftarrow x \odot \exp(\delta \sigma^2\, x \odot s(x, t) - \delta (\mu - \tfrac{3}{2} \sigma^2)
-                + A \sqrt{\delta}\, \sigma Z) && \text{Dale-Langevin} \\
+                + A \sqrt{\delta}\, \sigma Z) \\
             x &\leftarrow x \odot (1 + \delta \sigma^2\, x \odot s(x, t) - \delta (\mu - 2 \sigma^2)
-                + A \sqrt{\delta}\, \sigma Z) && \text{unconstrained}
+                + A \sqrt{\delta}\, \sigma Z)
 
-        The first is the Euler step of :math:`\log x` and keeps every sign. The second is that of :math:`x`: the two
-        agree as :math:`\delta \to 0`, and a long step of the second can cross zero.
+        The first is Dale-Langevin, the Euler step of :math:`\log x`, and keeps every sign. The second is unconstrained,
+        the Euler step of :math:`x`. The two agree as :math:`\delta \to 0`; a long step of the second can cross zero.
 
         Args:
             score: the network, ``score(x, t)``, called ``steps * repeats`` times. The unconstrained sampler can hand it
@@ -160,12 +161,12 @@ def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _evaluate(score: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-    """The network's output, which must not be broadcast."""
+    """The network's output, which must not be broadcast and may be of another precision."""
     value = score(x, t)
     if not isinstance(value, Tensor) or value.shape != x.shape or not value.is_floating_point():
         got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"score(x, t) must be a floating-point tensor of the shape of x, {tuple(x.shape)}, got {got}")
-    return value
+    return value.to(x.dtype)
 
 
 def _check_time(t: Tensor, **data: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ def _check_values(name: str, tensor: Tensor) -> None:
     raise ValueError(f"{name} must be {allowed}, got {tensor[tuple(index)].item()!r} at {index}")
 
 
-def _check_number(name: str, value: float, allowed: str, fits: Callable[[float], bool]) -> None:
+def _check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
     if not fits(value):

@@ -266,7 +266,7 @@ def test_the_two_samplers_meet_as_steps_grow_short(process):
     # With the same noise their log x differ by sigma^2 delta (1 - Z^2) / 2 a step to leading order: sigma^2
     # sqrt(delta / 2) in all, were it not that the drift draws paths together. A quarter of the step halves it.
     mean, variance = marginal(process, 1.0)
-    x = log_normal(mean, variance, 4000, 8)
+    x = log_normal(mean, variance, 2000, 8)
     gaps = []
     for steps in (400, 1600):
         dale, free = (
@@ -360,10 +360,12 @@ def test_results_have_the_dtype_of_the_data(dtype):
     assert all(result.isfinite().all() for result in results)
 
 
-def test_a_network_under_autocast_may_answer_in_less_precision():
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64], ids=str)
+def test_a_network_may_answer_in_another_precision(other):
     process, x0, t = GeometricBrownian(), positive(19, 4, 3, dtype=torch.float32), torch.full((4,), 0.5)
-    assert process.loss(lambda x, t: (-1 / x).bfloat16(), x0, x0, t).dtype == torch.float32
-    assert process.sample(lambda x, t: (-1 / x).bfloat16(), x0, steps=2).dtype == torch.float32
+    assert process.loss(lambda x, t: (-1 / x).to(other), x0, x0, t).dtype == torch.float32
+    for dale in (True, False):
+        assert process.sample(lambda x, t: (-1 / x).to(other), x0, steps=2, dale=dale).dtype == torch.float32
 
 
 def test_per_item_losses_and_gradients_by_vmap():
