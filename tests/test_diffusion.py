@@ -611,3 +611,15 @@ def test_the_measures_of_the_example(example):
     assert example.nearest(pictures[:1], pictures[1:]) == pytest.approx(
         min((pictures[0] - other).norm().item() for other in pictures[1:]), rel=1e-4
     )
+
+
+def test_the_picture_of_the_example(example, tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    file = tmp_path / "picture.png"
+    rows = {name: torch.rand(48, 1, 14, 14, generator=seeded(4)) for name in ("first", "second")}
+    example.draw_picture(str(file), [3.0, 2.0, 1.0], rows)
+    with Image.open(file) as picture:
+        assert picture.width == 800
+        assert len(picture.getcolors()) > 16
