@@ -4,6 +4,7 @@ from optimzoo.adabelief import AdaBelief
 from optimzoo.adagrad import AdaGradNorm
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
+from optimzoo.diffusion import GeometricBrownian
 
 __all__ = [
     "AdaBelief",
@@ -12,6 +13,7 @@ __all__ = [
     "DaleLangevin",
     "DaleSGD",
     "DiffGrad",
+    "GeometricBrownian",
     "dale_columns_",
     "dale_groups",
     "lognormal_",

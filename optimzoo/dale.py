@@ -175,9 +175,19 @@ class _Dale(Elementwise):
         return [p._version for group in self.param_groups if "sign" in self._extra(group) for p in group["params"]]
 
     def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
+        for group in self.param_groups:
+            self._check_decay(group)
         if self._versions() != self._seen:
             self.check_signs()
         return super()._checked_calls()
+
+    def _check_decay(self, group: Group) -> None:
+        """Raise if the decay would reach zero; at every step, for a scheduler may have changed ``lr``."""
+        lr, decay = group["lr"], group["weight_decay"]
+        if not (group["dale"] and group["decoupled_weight_decay"] and decay != 0):
+            return
+        if isinstance(lr, int | float | Tensor) and not torch.as_tensor(lr * decay < 1).all():
+            raise ValueError(f"lr * weight_decay must be < 1, got {lr!r} * {decay!r}: it would change every sign")
 
     def _finish(self) -> None:
         if not torch.compiler.is_compiling():

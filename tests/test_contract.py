@@ -593,7 +593,8 @@ def test_the_fused_step_makes_no_temporaries(case):
         param.grad = torch.ones(size)
         optimizer = case.cls([param], weight_decay=0.1, **backend)
         optimizer.step()
-        growth[name] = peak_growth(optimizer.step)
+        # The largest of a few: a system that takes cold pages away makes room under the peak meanwhile.
+        growth[name] = max(peak_growth(optimizer.step) for _ in range(4))
     assert growth["single"] >= 4 * size, "this test does not see temporaries"
     assert growth["fused"] < size // 4
 

@@ -415,6 +415,19 @@ def test_wrong_settings_of_langevin_are_named(options, message):
         DaleLangevin([leaf(1.0)], **options)
 
 
+@each_dale
+def test_a_decay_that_would_change_signs_is_an_error_when_it_comes_to_that(cls):
+    param = leaf(1.0, -2.0)
+    optimizer = cls([param], lr=0.5, weight_decay=1.0, decoupled_weight_decay=True)
+    advance(optimizer, [[torch.ones(2, dtype=torch.float64)]])
+    for lr in (1.0, torch.tensor(3.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        before = bits(param), bits(dict(optimizer.state[param]))
+        with pytest.raises(ValueError, match=r"lr \* weight_decay must be < 1"):
+            optimizer.step()
+        assert (bits(param), bits(dict(optimizer.state[param]))) == before
+
+
 def test_nesterov_needs_momentum():
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
         DaleSGD([leaf(1.0)], nesterov=True)
