@@ -80,8 +80,8 @@ class AdaGradNorm(Elementwise):
             if not group["per_group"] and group[name] != self.defaults[name]:
                 raise ValueError(f"{name} must be the same in all groups where they share an accumulator")
 
-    def _kept(self, group: Group) -> list[str]:
-        return [*super()._kept(group), "sum_sq"]
+    def _kept(self, group: Group, param: Tensor) -> list[str]:
+        return [*super()._kept(group, param), "sum_sq"]
 
     def _first(self, group: Group, name: str, param: Tensor) -> Tensor:
         if name != "sum_sq":

@@ -56,6 +56,7 @@ class _Dale(Elementwise):
                 check_number(name, group[name], 0.0, math.inf, "> 0, or None", above=True)
         if self.settings(group)["min_abs"] > self.settings(group)["max_abs"]:
             raise ValueError(f"min_abs must be <= max_abs, got {group['min_abs']!r} and {group['max_abs']!r}")
+        self._check_decay(group)
         if group["zeros"] not in _ZEROS:
             raise ValueError(f"zeros must be one of {_ZEROS}, got {group['zeros']!r}")
         if group["zeros"] == "floor" and group["min_abs"] is None:
@@ -134,8 +135,8 @@ class _Dale(Elementwise):
 
     # Signs
 
-    def _extra(self, group: Group) -> list[str]:
-        return super()._extra(group) + (["sign"] if group["dale"] and group["check_signs"] else [])
+    def _kept(self, group: Group, param: Tensor) -> list[str]:
+        return super()._kept(group, param) + ["sign"] * bool(group["dale"] and group["check_signs"])
 
     def init(self, name: str, param: Tensor) -> Tensor:
         """The first value of a state tensor: the parameter's sign, or zeros like the parameter."""
@@ -153,12 +154,11 @@ class _Dale(Elementwise):
             RuntimeError: signs have changed; with ``check_signs="restore"`` they are put back instead.
         """
         for group in self.param_groups:
-            if "sign" not in self._extra(group):
-                continue
             for param in group["params"]:
-                sign = self.state[param].get("sign") if param in self.state else None
-                if sign is None:
+                row = self.state.get(param, {})
+                if "sign" not in row or "sign" not in self._kept(group, param):
                     continue
+                sign = row["sign"]
                 changed = param.detach().sign() != sign
                 count = int(changed.sum())
                 if count == 0:
@@ -172,7 +172,8 @@ class _Dale(Elementwise):
                     param.copy_(torch.where(changed, sign * param.abs(), param))
 
     def _versions(self) -> list[int]:
-        return [p._version for group in self.param_groups if "sign" in self._extra(group) for p in group["params"]]
+        groups = [group for group in self.param_groups if group["dale"] and group["check_signs"]]
+        return [param._version for group in groups for param in group["params"]]
 
     def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
         for group in self.param_groups:

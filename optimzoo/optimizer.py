@@ -288,18 +288,15 @@ class Tensorwise(Optimizer):
 
     def _gather(self, group: Group) -> Batch:
         batch = Batch([], [], [], [[] for _ in self.rule(group).states], [])
-        extra = [batch.master] if "master" in self._extra(group) else []
+        masters = group.get("rounding") == "master" and any(p.dtype in _STATE_DTYPE for p in group["params"])
+        extra = [batch.master] if masters else []
         self._init_group(group, batch.params, batch.grads, batch.steps, *batch.states, *extra)
         return batch
 
-    def _kept(self, group: Group) -> list[str]:
+    def _kept(self, group: Group, param: Tensor) -> list[str]:
         """The names of what is kept of a parameter beside its step count."""
-        return [name for name in self.rule(group).states if name not in self.drawn] + self._extra(group)
-
-    def _extra(self, group: Group) -> list[str]:
-        """Those of them that are not the rule's."""
-        narrow = group.get("rounding") == "master" and any(p.dtype in _STATE_DTYPE for p in group["params"])
-        return ["master"] if narrow else []
+        master = group.get("rounding") == "master" and param.dtype in _STATE_DTYPE
+        return [name for name in self.rule(group).states if name not in self.drawn] + ["master"] * master
 
     def _first(self, group: Group, name: str, param: Tensor) -> Tensor:
         """The first value of what is kept, in the form that it is kept in."""
@@ -322,26 +319,23 @@ class Tensorwise(Optimizer):
         self, group: Group, params: list[Tensor], grads: list[Tensor], steps: list[Tensor], *states: list[Tensor]
     ) -> None:
         """Append the group's parameters that have gradients, with their gradients and (made where missing) state."""
-        names = [*self.rule(group).states, *(["master"] if "master" in self._extra(group) else [])]
+        names = [*self.rule(group).states, "master"][: len(states)]
         params += [param for param in group["params"] if param.grad is not None]
         grads += [cast(Tensor, param.grad) for param in params]
         rows = [self.state[param] for param in params]
         for param, row in zip(params, rows, strict=True):
             if not row:
                 row["step"] = torch.zeros((), dtype=torch.float32, device=self._step_device(group, param))
-                for name in self._kept(group):
-                    if name != "master" or param.dtype in _STATE_DTYPE:
-                        row[name] = self._first(group, name, param)
+                for name in self._kept(group, param):
+                    row[name] = self._first(group, name, param)
         try:
             steps += [row["step"] for row in rows]
             for name, column in zip(names, states, strict=True):
                 if name in self.drawn:
                     column += [self.init(name, param) for param in params]
                 elif name == "master":
-                    column += [
-                        row[name] if p.dtype in _STATE_DTYPE else _NO_MASTER
-                        for p, row in zip(params, rows, strict=True)
-                    ]
+                    pairs = zip(params, rows, strict=True)
+                    column += [row[name] if p.dtype in _STATE_DTYPE else _NO_MASTER for p, row in pairs]
                 else:
                     column += [row[name] for row in rows]
         except KeyError as error:
@@ -540,14 +534,12 @@ class Tensorwise(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, owner: str, state: dict[str, Any], group: Group, param: Tensor) -> None:
-        kept = self._kept(group)
+        kept = self._kept(group, param)
         names = [name for name in kept if name != "master"]
         if not isinstance(state, dict) or not {"step", *names} <= state.keys():
             has = ", ".join(map(str, state)) if isinstance(state, dict) else repr(state)
             needs = ", ".join(["step", *names])
             raise ValueError(f"the state of {owner} has {has}; {type(self).__name__} needs {needs}")
-        if "master" in kept and param.dtype not in _STATE_DTYPE:
-            kept.remove("master")
         for name in (name for name in kept if name in state):
             like, value = self._first(group, name, param), state[name]
             kind = "complex" if like.is_complex() else "floating-point" if like.is_floating_point() else "integer"
@@ -583,9 +575,7 @@ class Tensorwise(Optimizer):
                 state["step"] = torch.as_tensor(
                     saved["step"], dtype=torch.float32, device=self._step_device(group, param)
                 ).reshape(())
-                for name in self._kept(group):
-                    if name == "master" and param.dtype not in _STATE_DTYPE:
-                        continue
+                for name in self._kept(group, param):
                     like = self._first(group, name, param)
                     value = saved.get(name, like).to(device=like.device, dtype=like.dtype)
                     state[name] = value if value.stride() == like.stride() else like.copy_(value)
@@ -609,7 +599,7 @@ class Elementwise(Tensorwise):
         rounding: what becomes of the bits that a 16-bit parameter cannot hold. ``"nearest"``, the default and what
             ``torch.optim`` does, loses steps of less than 0.2 % of a bfloat16 parameter; ``"stochastic"`` rounds
             bfloat16 up or down so that the mean is right; ``"master"`` keeps the unrounded parameter in float32.
-        seed: of stochastic rounding, a whole number. Default 0.
+        seed: of stochastic rounding, a whole number from 0 to 2**63 - 1. Default 0.
 
     Raises:
         RuntimeError: ``fused=True`` cannot be met, from the constructor or from ``step``; the message says why.
@@ -659,8 +649,8 @@ class Elementwise(Tensorwise):
             raise ValueError(f"state_dtype must be torch.bfloat16 or None, got {dtype!r}{why}")
         if rounding not in _ROUNDINGS:
             raise ValueError(f"rounding must be one of {_ROUNDINGS}, got {rounding!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be a whole number, got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
         if group["differentiable"] and (dtype or rounding == "stochastic"):
             raise ValueError("differentiable=True goes with neither state_dtype nor rounding='stochastic'")
         for index, param in enumerate(group["params"]):

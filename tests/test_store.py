@@ -348,8 +348,9 @@ def test_wrong_settings_are_named(options, dtype, message):
 
 
 def test_a_seed_must_be_a_whole_number_and_a_bound_the_same_for_all():
-    with pytest.raises(TypeError, match=r"seed must be a whole number, got 0.5"):
-        DiffGrad(parameters(), seed=0.5)
+    for seed in (0.5, True, -1, 2**63):
+        with pytest.raises(ValueError, match=rf"seed must be a whole number from 0 to 2\*\*63 - 1, got {seed}"):
+            DiffGrad(parameters(), seed=seed)
     with pytest.raises(ValueError, match="max_grad_norm bounds the gradients of all groups together"):
         DiffGrad([dict(params=parameters(), max_grad_norm=1.0)])
 
