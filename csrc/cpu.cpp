@@ -194,11 +194,11 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
   std::vector<Rule<double>> wide;
   std::vector<size_t> rule_of(call.items.size());
   std::vector<int64_t> ends(call.items.size());
-  double last_step = -1;
+  double last_step = 0;
   int64_t total = 0;
   for (size_t i = 0; i < call.items.size(); ++i) {
     const double step = *call.items[i].step += 1;
-    if (step != last_step) {
+    if (narrow.empty() || step != last_step) {
       narrow.emplace_back(lr, call.hyper, step);
       wide.emplace_back(lr, call.hyper, step);
       last_step = step;
@@ -254,11 +254,12 @@ OZ_CLONES double inner_product(const P* left, const P* right, int64_t n) {
   return total;
 }
 
-// The inner product of two lists of tensors. It is summed piece by piece in a fixed order, whatever the threads.
+// The inner product of two lists of tensors, or of one with itself where the second is empty. It is summed piece by piece in a fixed order, whatever the threads.
 void dot(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   static const int32_t cpu = aoti_torch_device_type_cpu();
-  const List left = take_list(stack[0]), right = take_list(stack[1]);
+  const List left = take_list(stack[0]), other = take_list(stack[1]);
+  const List& right = other.empty() ? left : other;
   const Handle out(to<AtenTensorHandle>(stack[2]));
   const Facts result(out.get());
   if (result.device_type != cpu || result.dtype != Dtype::f64 || result.numel != 1)

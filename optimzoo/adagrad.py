@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,14 +62,14 @@ class AdaGradNorm(Elementwise):
             weight_decay=weight_decay,
             per_group=per_group,
             decoupled_weight_decay=False,
-            fixed_decay=False,
         )
         self._rates: dict[int, Tensor] = {}  # by the group's id: the learning rate of the step under way
+        self._totals: list[tuple[list[Group], Tensor]] = []  # what the accumulators will be after it
         super().__init__(params, defaults, **impl)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rates = {}
+        self._rates, self._totals = {}, []
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)
@@ -86,35 +87,48 @@ class AdaGradNorm(Elementwise):
     def _first(self, group: Group, name: str, param: Tensor) -> Tensor:
         if name != "sum_sq":
             return super()._first(group, name, param)
-        known = self._accumulators([group] if group["per_group"] else self.param_groups)
-        value = known[0].detach() if known else torch.tensor(float(group["b0"]) ** 2, dtype=torch.float64, device="cpu")
-        return value.to(param.device, torch.float64, copy=True)
+        known = next(self._rows(self._sharing(group)), None)
+        value = known["sum_sq"] if known else torch.tensor(float(group["b0"]) ** 2, dtype=torch.float64, device="cpu")
+        return cast(Tensor, value).to(param.device, torch.float64)  # one tensor for all, where they are on one device
 
-    def _accumulators(self, groups: list[Group]) -> list[Tensor]:
-        rows = (self.state.get(param) or {} for group in groups for param in group["params"])
-        return [row["sum_sq"] for row in rows if "sum_sq" in row]
+    def _sharing(self, group: Group) -> list[Group]:
+        """The groups that have an accumulator together with this one."""
+        return [group] if group["per_group"] else [other for other in self.param_groups if not other["per_group"]]
+
+    def _rows(self, groups: list[Group]) -> Iterator[dict[str, Any]]:
+        """The states of those of the groups' parameters that have an accumulator."""
+        rows = (self.state.get(param, {}) for group in groups for param in group["params"])
+        return (row for row in rows if "sum_sq" in row)
 
     def _prepare(self, calls: list[tuple[Group, str, Batch]]) -> Tensor | None:
         scale = super()._prepare(calls)
-        together = [[group] for group in self.param_groups if group["per_group"]]
-        together.append([group for group in self.param_groups if not group["per_group"]])
-        for groups in together:
-            own = {id(group) for group in groups}
-            sums = [self._sum_sq(group, batch, scale) for group, _, batch in calls if id(group) in own]
-            if not sums:
-                continue
-            accumulators = self._accumulators(groups)
-            total = accumulators[0] + sum(value.to(accumulators[0].device) for value in sums)
-            for accumulator in accumulators:
-                accumulator.copy_(total)
+        sums: dict[int, Tensor] = {}  # by the id of the first group that shares it
+        for group, _, batch in calls:
+            first = id(self._sharing(group)[0])
+            value = self._sum_sq(group, batch, scale)
+            sums[first] = sums[first] + value.to(sums[first].device) if first in sums else value
+        self._totals = []
+        for groups in (self._sharing(group) for group in self.param_groups if id(group) in sums):
+            old = next(self._rows(groups))["sum_sq"]
+            if not isinstance(old, Tensor) or old.dtype is not torch.float64 or old.numel() != 1:
+                raise RuntimeError(f"sum_sq must be one float64 number, got {old!r}")
+            total = old + sums[id(groups[0])].to(old.device)
+            self._totals.append((groups, total))
             for group in groups:
                 lr = group["lr"]
                 lr = lr.to(total.device).reshape(()) if isinstance(lr, Tensor) else lr
                 self._rates[id(group)] = lr / total.sqrt()
         return scale
 
+    def _finish(self) -> None:
+        for groups, total in self._totals:
+            accumulators = {id(row["sum_sq"]): row["sum_sq"] for row in self._rows(groups)}
+            for accumulator in accumulators.values():
+                accumulator.copy_(total)
+        self._totals = []
+
     def _sum_sq(self, group: Group, batch: Batch, scale: Tensor | None) -> Tensor:
-        """The squared norm of the gradients that the rule will see."""
+        """The squared norm of the gradients after loss scale, sign and weight decay."""
         factor = (-1.0 if group["maximize"] else 1.0) / (1.0 if scale is None else scale.double())
         decay, params = group["weight_decay"], batch.params
         if group["differentiable"] and decay != 0:
@@ -125,6 +139,12 @@ class AdaGradNorm(Elementwise):
             total = total + decay**2 * sum_of_products(params, params)
         found_inf = getattr(self, "found_inf", None)  # the step will not happen then
         return total if found_inf is None else torch.where(found_inf.to(total.device) == 0, total, 0.0)
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        super()._restore(loaded)
+        for group in self.param_groups:
+            for row in self._rows([group]):
+                row["sum_sq"] = self._first(group, "sum_sq", row["sum_sq"])
 
     def _rate(self, group: Group) -> Scalar:
         return self._rates[id(group)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -9,8 +10,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Batch, Elementwise, Group, Rule, check_flags, check_number, local, shard_number, warn
-from optimzoo.rounding import random_key
+from optimzoo.optimizer import (
+    Batch,
+    Elementwise,
+    Group,
+    Rule,
+    check_flags,
+    check_number,
+    local,
+    shard_number,
+    warn,
+    whole,
+)
 from optimzoo.tensorlist import Scalar, at_least, finite, sqrt, where
 
 _ZEROS = ("error", "warn", "floor")
@@ -21,6 +32,8 @@ class _Dale(Elementwise):
     """What the multiplicative optimizers share: groups that keep signs and groups that do not, bounds, checks."""
 
     sparse = False
+    how = ("zeros", "check_signs")
+    _is_built = False
 
     def __init__(
         self,
@@ -40,10 +53,13 @@ class _Dale(Elementwise):
         signs = dict(dale=dale, zeros=zeros, check_signs=check_signs, rounding=rounding)
         self._seen: list[int] = []  # versions of the parameters whose signs are known to be right
         super().__init__(params, {**defaults, **bounds, **signs}, **impl)
+        for group in self.param_groups:  # not before all groups are known to be right
+            self._floor_zeros(group)
+        self._is_built = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._seen = []
+        self._seen, self._is_built = [], True
 
     # Groups
 
@@ -54,6 +70,14 @@ class _Dale(Elementwise):
         for name in ("exponent_clip", "min_abs", "max_abs"):
             if group[name] is not None:
                 check_number(name, group[name], 0.0, math.inf, "> 0, or None", above=True)
+        dtypes = {param.dtype for param in group["params"] if not param.is_complex()}
+        for dtype in dtypes if group["dale"] else ():
+            low, high = _smallest(dtype), torch.finfo(dtype).max
+            for name in ("min_abs", "max_abs"):
+                if group[name] is not None and not low <= group[name] <= high:
+                    raise ValueError(f"{name} must be from {low} to {high}, which {dtype} holds, got {group[name]!r}")
+        if torch.float16 in dtypes and len(dtypes) > 1 and group["dale"]:
+            raise ValueError("float16 parameters have bounds of their own: put them into a group without other dtypes")
         if self.settings(group)["min_abs"] > self.settings(group)["max_abs"]:
             raise ValueError(f"min_abs must be <= max_abs, got {group['min_abs']!r} and {group['max_abs']!r}")
         self._check_decay(group)
@@ -74,27 +98,31 @@ class _Dale(Elementwise):
             return
         try:
             self._check_columns(group)
-            self._treat_zeros(group, len(self.param_groups) - 1)
+            self._check_zeros(group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
+        if self._is_built:
+            self._floor_zeros(group)
 
     def _check_columns(self, group: Group) -> None:
         for index, param in enumerate(group["params"] if group["dale"] == "columns" else ()):
             if param.dim() < 2:
                 raise ValueError(f"dale='columns' is for matrices; params[{index}] has shape {tuple(param.shape)}")
+            if param.is_meta:
+                continue
             rows = param.detach().transpose(0, 1).flatten(1)
-            mixed = ((rows > 0).any(1) & (rows < 0).any(1)).nonzero().flatten().tolist() if not param.is_meta else []
+            mixed = whole((rows > 0).any(1) & (rows < 0).any(1)).nonzero().flatten().tolist()
             if mixed:
                 raise ValueError(
                     f"dale='columns' needs one sign in each column; {len(mixed)} of params[{index}] mix signs, the "
                     f"first is [:, {mixed[0]}]; optimzoo.dale_columns_ initializes them"
                 )
 
-    def _treat_zeros(self, group: Group, number: int) -> None:
-        found = [(i, p, int((p == 0).sum())) for i, p in enumerate(group["params"]) if not p.is_meta]
-        for index, param, count in found:
-            if count == 0:
+    def _check_zeros(self, group: Group, number: int) -> None:
+        for index, param in enumerate(group["params"]):
+            count = 0 if param.is_meta else int(whole((param.detach() == 0).sum()))
+            if count == 0 or group["zeros"] == "floor":
                 continue
             message = (
                 f"params[{index}] of group {number}, of shape {tuple(param.shape)}, holds {count} zeros, which a "
@@ -105,26 +133,28 @@ class _Dale(Elementwise):
                     f"{message}; put it into a group with dale=False (optimzoo.dale_groups does so for vectors), "
                     "initialize it (optimzoo.lognormal_), or pass zeros='warn' or 'floor'"
                 )
-            if group["zeros"] == "warn":
-                warn(message)
-        if group["zeros"] == "floor":
-            with torch.no_grad():
-                for _, param, count in found:
-                    if count > 0:
-                        signs = torch.randint_like(param, 2) * 2 - 1
-                        param.copy_(torch.where(param == 0, group["min_abs"] * signs, param))
+            warn(message)
+
+    @torch.no_grad()
+    def _floor_zeros(self, group: Group) -> None:
+        """Give zeros the size ``min_abs``, with random signs, or those of their columns where that is asked for."""
+        for param in group["params"] if group["dale"] and group["zeros"] == "floor" else ():
+            signs = torch.randint_like(param, 2) * 2 - 1
+            if group["dale"] == "columns":
+                others = [dim for dim in range(param.dim()) if dim != 1]
+                signs = torch.where(param.sum(others, keepdim=True) < 0, -1, 1)
+            param.copy_(torch.where(param == 0, group["min_abs"] * signs, param))
 
     def settings(self, group: Group) -> Group:
-        """The bounds as numbers: without others, the smallest and the largest that the parameters' dtypes can hold."""
+        """The bounds as numbers: without others, what the dtypes of the parameters and of the arithmetic can hold."""
         dtypes = {param.dtype for param in group["params"]} or {torch.float32}
-        smallest = max(
-            2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny for dtype in dtypes
-        )  # float16 has no bits to spare: its smallest number is not a normal one
+        smallest = max(map(_smallest, dtypes))
+        clip = 708.0 if dtypes == {torch.float64} else 87.0  # beyond it an exponential is not a normal number
         largest = min(torch.finfo(dtype).max for dtype in dtypes)
         return {
             **group,
             "dale": bool(group["dale"]),
-            "exponent_clip": math.inf if group["exponent_clip"] is None else group["exponent_clip"],
+            "exponent_clip": clip if group["exponent_clip"] is None else group["exponent_clip"],
             "min_abs": smallest if group["min_abs"] is None else group["min_abs"],
             "max_abs": largest if group["max_abs"] is None else group["max_abs"],
         }
@@ -134,6 +164,12 @@ class _Dale(Elementwise):
         return param.sign() if group["dale"] else param
 
     # Signs
+
+    def _first(self, group: Group, name: str, param: Tensor) -> Tensor:
+        if name == "sign" and group["zeros"] == "error" and not torch.compiler.is_compiling():
+            numbers = [i for i, other in enumerate(self.param_groups) if other["params"] is group["params"]]
+            self._check_zeros({**group, "params": [param]}, *numbers)
+        return super()._first(group, name, param)
 
     def _kept(self, group: Group, param: Tensor) -> list[str]:
         return super()._kept(group, param) + ["sign"] * bool(group["dale"] and group["check_signs"])
@@ -147,29 +183,39 @@ class _Dale(Elementwise):
     def check_signs(self) -> None:
         """Compare the signs of all weights with those at the first step.
 
-        Every step does so if somebody else has written to the parameters since the last one, as far as autograd's
-        version counters tell; ``param.data`` has none.
+        Every step outside ``torch.compile`` does so if somebody else has written to the parameters since the last one,
+        as far as autograd's version counters tell; ``param.data`` has none.
 
         Raises:
-            RuntimeError: signs have changed; with ``check_signs="restore"`` they are put back instead.
+            RuntimeError: signs have changed; with ``check_signs="restore"`` they are put back instead, unless weights
+                have become zero.
         """
+        changed = self._changed_signs()
+        with torch.no_grad():
+            for param, sign in changed:
+                param.copy_(sign * param.abs())
+
+    def _changed_signs(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters whose signs are to be restored, with them; raises about the others."""
+        changed = []
         for group in self.param_groups:
             for param in group["params"]:
-                row = self.state.get(param, {})
-                if "sign" not in row or "sign" not in self._kept(group, param):
+                sign = self.state.get(param, {}).get("sign")
+                if sign is None or "sign" not in self._kept(group, param):
                     continue
-                sign = row["sign"]
-                changed = param.detach().sign() != sign
-                count = int(changed.sum())
-                if count == 0:
-                    continue
-                if group["check_signs"] != "restore":
+                if not isinstance(sign, Tensor) or sign.shape != param.shape or sign.device != param.device:
+                    raise RuntimeError(f"sign of a parameter of shape {tuple(param.shape)} is not its sign: {sign!r}")
+                now = param.detach().sign()
+                count, dead = (int(whole(flags.sum())) for flags in (now != sign, (now == 0) & (sign != 0)))
+                if dead or (count and group["check_signs"] != "restore"):
                     raise RuntimeError(
-                        f"{count} signs of a parameter of shape {tuple(param.shape)} are not those of its first step: "
-                        "something else than this optimizer has written to it; check_signs='restore' puts them back"
+                        f"{count} signs of a parameter of shape {tuple(param.shape)} are not those of its first step, "
+                        f"and {dead} weights are zero: something else than this optimizer has written to it; "
+                        "check_signs='restore' puts signs back"
                     )
-                with torch.no_grad():
-                    param.copy_(torch.where(changed, sign * param.abs(), param))
+                if count:
+                    changed.append((param, sign))
+        return changed
 
     def _versions(self) -> list[int]:
         groups = [group for group in self.param_groups if group["dale"] and group["check_signs"]]
@@ -178,21 +224,32 @@ class _Dale(Elementwise):
     def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
         for group in self.param_groups:
             self._check_decay(group)
-        if self._versions() != self._seen:
-            self.check_signs()
-        return super()._checked_calls()
+        edited = self._versions() != self._seen
+        if edited:
+            self._changed_signs()
+        calls = super()._checked_calls()
+        if edited:
+            self.check_signs()  # restores
+        return calls
 
     def _check_decay(self, group: Group) -> None:
         """Raise if the decay would reach zero; at every step, for a scheduler may have changed ``lr``."""
         lr, decay = group["lr"], group["weight_decay"]
         if not (group["dale"] and group["decoupled_weight_decay"] and decay != 0):
             return
+        if group.get("fixed_decay"):
+            lr = 1
         if isinstance(lr, int | float | Tensor) and not torch.as_tensor(lr * decay < 1).all():
             raise ValueError(f"lr * weight_decay must be < 1, got {lr!r} * {decay!r}: it would change every sign")
 
     def _finish(self) -> None:
         if not torch.compiler.is_compiling():
             self._seen = self._versions()
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The smallest size that a parameter can have; float16 has no bits to spare and needs those below the normal."""
+    return 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
 
 
 def _move(param: Any, move: Any, dale: bool, exponent_clip: float, min_abs: float, max_abs: float) -> None:
@@ -260,7 +317,8 @@ class DaleSGD(_Dale):
         ValueError: a hyper-parameter is out of range, a Dale group holds zeros or complex parameters.
         RuntimeError: from ``step``, signs that have changed, or a sparse gradient.
 
-    A coordinate whose gradient or exponent is not finite is left out of the step, with its momentum. Method: Cornford
+    A coordinate whose gradient or exponent is not finite is left out of the step, with its momentum; decoupled decay
+    acts on it all the same. Method: Cornford
     et al., "Brain-like learning with exponentiated gradients", 2024; Kivinen and Warmuth, 1997.
     """
 
@@ -341,8 +399,8 @@ class DaleAdamW(_Dale):
     r"""AdamW's step in the exponent: weights are multiplied, and keep their signs.
 
     .. math::
-        w_t = w_{t-1} (1 - \gamma\lambda) \exp\Big(-\gamma\, \mathrm{sign}(w_{t-1})\,
-            \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}\Big)
+        w_t = w_{t-1} (1 - \gamma\lambda) \exp\left(-\gamma\, \mathrm{sign}(w_{t-1})\,
+            \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}\right)
 
     with Adam's averages :math:`m_t` of the gradient and :math:`v_t` of its square.
 
@@ -362,7 +420,8 @@ class DaleAdamW(_Dale):
         ValueError: a hyper-parameter is out of range, a Dale group holds zeros or complex parameters.
         RuntimeError: from ``step``, signs that have changed, or a sparse gradient.
 
-    A coordinate whose gradient or exponent is not finite is left out of the step, with its averages. Method: Cornford
+    A coordinate whose gradient or exponent is not finite is left out of the step, with its averages; decoupled decay
+    acts on it all the same. Method: Cornford
     et al., "Brain-like learning with exponentiated gradients", 2024, and its authors' code.
     """
 
@@ -449,6 +508,11 @@ class DaleLangevin(_Dale):
 
     drawn = ("noise",)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a trace has no generator
+    def step(self, closure: Any = None) -> Any:
+        """As :meth:`optimzoo.optimizer.Tensorwise.step`; ``torch.compile`` leaves it as it is."""
+        return super().step(closure)
+
     def __init__(
         self,
         params: ParamsT,
@@ -477,6 +541,8 @@ class DaleLangevin(_Dale):
         if group["noise"] not in _NOISES:
             raise ValueError(f"noise must be one of {_NOISES}, got {group['noise']!r}")
         super().check_group(group)
+        if any(param.is_complex() for param in group["params"]):
+            raise ValueError("params of DaleLangevin must be real, in groups with dale=False too")
         check_flags(group, "ito")
         for name in ("temperature", "s"):
             check_number(name, group[name], 0.0, math.inf, "finite and >= 0")
@@ -540,9 +606,10 @@ def standard_normal(like: Tensor, seed: int, place: int, step: int, shard: int =
         step: how many steps the parameter has made before.
         shard: which part of a sharded parameter this is.
     """
-    place += shard << 32
-    high, low = (int(random_key(seed, torch.tensor(step), place, word)) for word in range(2))
-    generator = torch.Generator(like.device).manual_seed(high << 32 | low)
+    words = f"{seed} {place} {step} {shard}".encode()
+    generator = torch.Generator(like.device).manual_seed(
+        int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
+    )
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
     return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
 
@@ -551,10 +618,10 @@ def standard_normal(like: Tensor, seed: int, place: int, step: int, shard: int =
 
 
 def dale_groups(model: torch.nn.Module, **plain: Any) -> list[Group]:
-    """The parameters of a model in two groups: matrices and kernels keep their signs, vectors and scalars do not.
+    """The parameters of a model in two groups: matrices and kernels keep their signs, all others do not.
 
     Biases start at zero, where a multiplicative step leaves them, and scales of normalisation layers have no sign to
-    keep: both go into a group with ``dale=False``.
+    keep: they and all vectors go into a group with ``dale=False``.
 
     Args:
         model: its parameters that require gradients are taken, each once.
@@ -562,13 +629,17 @@ def dale_groups(model: torch.nn.Module, **plain: Any) -> list[Group]:
             :class:`DaleSGD`.
 
     Raises:
-        ValueError: the model has no parameter of two or more dimensions.
+        ValueError: the model has no weight of two or more dimensions.
     """
-    params = [param for param in model.parameters() if param.requires_grad]
-    matrices = [param for param in params if param.dim() >= 2]
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for module in model.modules():
+        norm = isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm)
+        for name, param in module.named_parameters(recurse=False):
+            if param.requires_grad and not any(param is known for known in (*matrices, *vectors)):
+                (vectors if norm or param.dim() < 2 or "bias" in name else matrices).append(param)
     if not matrices:
-        raise ValueError("model has no parameter of two or more dimensions that requires a gradient")
-    vectors = [param for param in params if param.dim() < 2]
+        raise ValueError("model has no weight of two or more dimensions that requires a gradient")
     groups: list[Group] = [{"params": matrices}]
     return [*groups, {"params": vectors, "dale": False, **plain}] if vectors else groups
 

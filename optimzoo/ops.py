@@ -87,7 +87,7 @@ class Held:
 
     def holds(self, columns: tuple[list[Tensor], ...]) -> bool:
         """Whether these are the very same tensors."""
-        return all(
+        return len(columns) == len(self.columns) and all(
             len(own) == len(other) and all(map(operator.is_, own, other))
             for own, other in zip(self.columns, columns, strict=True)
         )

@@ -26,7 +26,7 @@ Group: TypeAlias = dict[str, Any]
 
 _SHARDED: tuple[type[Tensor], ...] = ()
 if torch.distributed.is_available():  # some builds of torch are without
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
     _SHARDED = (DTensor,)
 
@@ -38,7 +38,7 @@ _STATE_DTYPE = {
 }
 _FUSED_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _PLAIN = {Parameter, Tensor}
-_NO_MASTER = torch.empty(0)  # of a parameter that is not rounded, in a list with others that are
+_NO_MASTER = torch.empty(0, device="cpu")  # of a parameter that is not rounded, in a list with others that are
 
 # Settings that say how a step is made and not what it is: a checkpoint does not change them.
 _HOW = ("foreach", "fused", "capturable", "differentiable", "max_grad_norm", "state_dtype", "rounding")
@@ -52,6 +52,7 @@ _RANGES = {
     "betas": (0.0, 1.0, "in [0, 1)"),
 }
 _ROUNDINGS = ("nearest", "stochastic", "master")
+_ONE_BOUND = "max_grad_norm bounds the gradients of all groups together; it is set for all by the constructor"
 
 
 class Rule:
@@ -100,7 +101,7 @@ class Batch(NamedTuple):
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Batch:
         """The same with every tensor but the steps seen through ``view``."""
-        return self._with(lambda column: [view(tensor) for tensor in column])
+        return self._with(lambda column: [view(tensor) if tensor is not _NO_MASTER else tensor for tensor in column])
 
     def _with(self, change: Callable[[list[Tensor]], list[Tensor]]) -> Batch:
         params, grads, *states = map(change, (self.params, self.grads, *self.states))
@@ -132,13 +133,16 @@ class Tensorwise(Optimizer):
         RuntimeError: from ``step``, if a gradient or state does not fit its parameter; nothing has changed then.
 
     State and parameters are as they were after a step that raised because of its input. Gradients are never written to.
-    Steps are counted per parameter: one that joins late starts at one. The state of 16-bit parameters is float32.
-    Non-finite gradients make parameters and state non-finite, as in ``torch.optim``; under ``torch.amp.GradScaler`` the
-    step is skipped instead.
+    Steps are counted per parameter: one that joins late starts at one. The state of 16-bit parameters is float32 unless
+    ``state_dtype`` says otherwise. Non-finite gradients make parameters and state non-finite, as in ``torch.optim``,
+    where a class does not say otherwise; under ``torch.amp.GradScaler`` the step is skipped instead.
     """
 
     sparse: ClassVar[bool] = True
     """Whether sparse gradients are taken, row by row as in ``torch.optim.SparseAdam``."""
+
+    how: ClassVar[tuple[str, ...]] = ()
+    """Names of settings of the class's own that a checkpoint does not change."""
 
     drawn: ClassVar[tuple[str, ...]] = ()
     """Those of the rule's states that are made for one step and not kept; :meth:`_prepare` fills them."""
@@ -209,7 +213,7 @@ class Tensorwise(Optimizer):
         if group["max_grad_norm"] is not None:
             check_number("max_grad_norm", group["max_grad_norm"], 0.0, math.inf, "> 0, or None", above=True)
         if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
-            raise ValueError("max_grad_norm bounds the gradients of all groups together; it has one value for all")
+            raise ValueError(_ONE_BOUND)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,7 +261,7 @@ class Tensorwise(Optimizer):
         grads = [grad for _, _, batch in calls for grad in batch.grads]
         if bound is None or not grads:
             return scale
-        norm = sum_of_products(grads, grads).sqrt()
+        norm = sum_of_products(grads, grads).clamp_min(1e-300).sqrt()  # whose derivative at zero is infinite
         loss_scale = torch.ones_like(norm) if scale is None else scale.to(norm.device)
         return loss_scale.mul(((norm / loss_scale + 1e-6) / bound).clamp_min(1.0))  # 1e-6 as in clip_grad_norm_
 
@@ -270,6 +274,8 @@ class Tensorwise(Optimizer):
             lr = group["lr"]
             if not isinstance(lr, int | float) and not (isinstance(lr, Tensor) and lr.numel() == 1):
                 raise TypeError(f"lr must be a number or a tensor of one element, got {lr!r}")
+            if group["max_grad_norm"] != self.defaults["max_grad_norm"]:
+                raise ValueError(_ONE_BOUND)
         known, empty = len(self.state), [row for row in self.state.values() if not row]
         try:
             calls = self._all_calls()
@@ -334,8 +340,10 @@ class Tensorwise(Optimizer):
                 if name in self.drawn:
                     column += [self.init(name, param) for param in params]
                 elif name == "master":
-                    pairs = zip(params, rows, strict=True)
-                    column += [row[name] if p.dtype in _STATE_DTYPE else _NO_MASTER for p, row in pairs]
+                    for param, row in zip(params, rows, strict=True):
+                        if param.dtype in _STATE_DTYPE and name not in row:  # the model was in float32 before
+                            row[name] = self._first(group, name, param)
+                        column.append(row[name] if param.dtype in _STATE_DTYPE else _NO_MASTER)
                 else:
                     column += [row[name] for row in rows]
         except KeyError as error:
@@ -363,6 +371,10 @@ class Tensorwise(Optimizer):
                 raise RuntimeError(f"the step of {owner} must be one float32 number, got {step!r}")
             _check_twin("gradient", owner, grad, param, param.dtype)
             self._check_states(group, owner, param, states)
+        for param, master in zip(batch.params, batch.master, strict=False):
+            if master is not _NO_MASTER:
+                owner = f"a parameter of shape {tuple(param.shape)}"
+                _check_twin("master", owner, master, param, _STATE_DTYPE[param.dtype])
 
     def _check_states(self, group: Group, owner: str, param: Tensor, states: list[Tensor]) -> None:
         """Raise if a parameter's state is not what its rule works on; a whole-tensor method knows what its is."""
@@ -374,7 +386,7 @@ class Tensorwise(Optimizer):
         for index in range(len(batch.params)):
             row = batch.pick([index])
             if row.grads[0].layout is torch.strided:
-                self._update(group, row, scale, wrap=lambda tensors: tensors[0])
+                self._update(group, row, scale, wrap=lambda tensors: tensors[0], first=index)
             else:
                 self._update_rows(group, row, scale)
 
@@ -391,7 +403,9 @@ class Tensorwise(Optimizer):
             for whole, part in zip(*columns, strict=True):
                 whole[index] = part
 
-    def _update(self, group: Group, batch: Batch, scale: Tensor | None, wrap: Callable[[list[Tensor]], Any]) -> None:
+    def _update(
+        self, group: Group, batch: Batch, scale: Tensor | None, wrap: Callable[[list[Tensor]], Any], first: int = 0
+    ) -> None:
         """Loss scale, sign and decay, then the rule, on what ``wrap`` makes of a list of tensors."""
         if self._overflowed():
             return
@@ -418,7 +432,7 @@ class Tensorwise(Optimizer):
         if isinstance(lr, Tensor):
             lr = wrap([lr] * len(params))
         if scale is not None:
-            grad = grad * (1 / scale.to(batch.grads[0].device))
+            grad = grad * wrap([(1 / scale).to(params[0].device, wide)] * len(params))
         if group["maximize"]:
             grad = -grad
         if weight_decay != 0 and group["decoupled_weight_decay"]:
@@ -433,21 +447,32 @@ class Tensorwise(Optimizer):
                 state.copy_(value)
         for place, (column, values) in enumerate(zip(batch.states, stored, strict=True)):
             if column[0].dtype is not wide:
-                self._round(group, batch.steps, column, values, place)
+                self._round(group, batch.steps, column, values, place, first)
         if wide is not dtype and group.get("rounding") == "stochastic":
-            self._round(group, batch.steps, batch.params, params, len(stored))
+            self._round(group, batch.steps, batch.params, params, len(stored), first)
         elif wide is not dtype:
             torch._foreach_copy_(batch.params, params)
             if batch.master:
                 torch._foreach_copy_(batch.master, params)
 
     def _round(
-        self, group: Group, steps: list[Tensor], targets: list[Tensor], values: list[Tensor], place: int
+        self,
+        group: Group,
+        steps: list[Tensor],
+        targets: list[Tensor],
+        values: list[Tensor],
+        place: int,
+        first: int,
     ) -> None:
-        """Write to the ``place``-th array of each parameter by stochastic rounding."""
-        for index, (step, target, value) in enumerate(zip(steps, targets, values, strict=True)):
-            key = random_key(group["seed"], step, index, place // 2).to(target.device)
+        """Write to the ``place``-th array of each parameter by stochastic rounding; they count from ``first``."""
+        for index, (step, target, value) in enumerate(zip(steps, targets, values, strict=True), start=first):
+            key = random_key(self._seed(group), step, index, place // 2).to(target.device)
             round_randomly_(target, value, key, place % 2 * 16)
+
+    def _seed(self, group: Group) -> int:
+        """The seed of a group, for equal ones must not round alike."""
+        number = next(i for i, other in enumerate(self.param_groups) if other is group)
+        return int(group["seed"] ^ number << 48)
 
     def pull(self, group: Group, param: Any) -> Any:
         """What weight decay that is coupled adds to the gradient, before it is weighted: the parameter."""
@@ -523,7 +548,7 @@ class Tensorwise(Optimizer):
         groups = []
         for saved_group, group in zip(saved, own, strict=True):
             settings = {name: group[name] for name in self.defaults}
-            how = {name: settings[name] for name in _HOW if name in settings}
+            how = {name: settings[name] for name in (*_HOW, *self.how) if name in settings}
             groups.append({**settings, **saved_group, **how})
             merged = {**groups[-1], "params": group["params"]}
             self.check_group(merged)
@@ -743,6 +768,8 @@ class Elementwise(Tensorwise):
 
     def _check_states(self, group: Group, owner: str, param: Tensor, states: list[Tensor]) -> None:
         for name, state in zip(self.rule(group).states, states, strict=True):
+            if name in self.drawn:
+                continue
             dtype = group["state_dtype"] or _STATE_DTYPE.get(param.dtype, param.dtype)
             _check_twin(name, owner, state, param, dtype)
 
@@ -797,7 +824,7 @@ class Elementwise(Tensorwise):
             fixed_decay=group.get("fixed_decay", False),
             maximize=group["maximize"],
             stochastic=group["rounding"] == "stochastic",
-            seed=group["seed"],
+            seed=self._seed(group) if group["state_dtype"] or group["rounding"] == "stochastic" else 0,
             grad_scale=_on(device, scale),
             found_inf=_on(device, found_inf),
             held=held,
@@ -822,16 +849,22 @@ def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     Args:
         left, right: tensors of the same shapes; of complex ones the real and imaginary parts are coordinates.
     """
-    native: list[tuple[Tensor, Tensor]] = []
-    sums = []
+    columns = [left] if left is right else [left, right]
+    if not ops.missing("cpu") and all(map(_is_native, columns)):
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        torch.ops.optimzoo.dot(left, [] if left is right else right, total)
+        return total
+    parts: dict[Any, list[Tensor]] = {}  # of each way to shard, so that one collective serves all that share it
     for a, b in zip(map(_dense, left), map(_dense, right), strict=True):
-        if _is_native(a) and _is_native(b) and _same_strides(a, b):
-            native.append((a, b))
-        else:
-            sums.append(_inner(a, b))
-    if native:
-        sums.append(torch.zeros((), dtype=torch.float64, device="cpu"))
-        torch.ops.optimzoo.dot([a for a, _ in native], [b for _, b in native], sums[-1])
+        layout = _layout(a)
+        parts.setdefault(layout, []).append(_inner(local(a), local(b)))
+    sums = []
+    for layout, values in parts.items():
+        sums.append(torch.stack(values).sum())
+        if isinstance(layout, tuple):
+            mesh, placements = layout
+            partial = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+            sums[-1] = DTensor.from_local(sums[-1], mesh, partial).full_tensor()
     return functools.reduce(lambda total, other: total + other.to(total.device), sums)
 
 
@@ -840,22 +873,38 @@ def _dense(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _is_native(tensor: Tensor) -> bool:
-    kind = type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in _FUSED_DTYPES
-    if torch.is_grad_enabled() and tensor.requires_grad:  # the op has no derivative
-        return False
-    return kind and not ops.missing("cpu") and _is_dense(tensor)
+def _is_native(column: list[Tensor]) -> bool:
+    """Whether the native inner product takes these."""
+    return (
+        {*map(type, column)} <= _PLAIN
+        and all(tensor.is_cpu and tensor.dtype in _FUSED_DTYPES for tensor in column)
+        and all(map(Tensor.is_contiguous, column))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in column))  # it has no derivative
+    )
+
+
+def _layout(tensor: Any) -> Any:
+    """The mesh and the placements of a sharded tensor, the device of another."""
+    shards: Any = tensor
+    return (shards.device_mesh, shards.placements) if isinstance(tensor, _SHARDED) else tensor.device
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
-    total = torch.sum(left * right, dtype=torch.float64)
-    return cast(Any, total).full_tensor() if isinstance(total, _SHARDED) else total
+    if left is right and not torch.is_grad_enabled():
+        return cast(Tensor, torch.linalg.vector_norm(left, dtype=torch.float64)).square()
+    return torch.sum(left.double() * right.double())
 
 
 def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor."""
     shards: Any = tensor
     return cast(Tensor, shards.to_local() if isinstance(tensor, _SHARDED) else tensor)
+
+
+def whole(tensor: Any) -> Tensor:
+    """A tensor as all processes together hold it."""
+    shards: Any = tensor
+    return cast(Tensor, shards.full_tensor() if isinstance(tensor, _SHARDED) else tensor)
 
 
 def shard_number(tensor: Any) -> int:

@@ -19,10 +19,12 @@ def round_randomly_(target: Tensor, value: Tensor, key: Tensor, shift: int) -> N
         key: int64, one number: :func:`random_key`.
         shift: which 16 of the 32 random bits to use, 0 or 16, so that two targets can share a key.
     """
-    place = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+    place = torch.arange(value.numel(), device=value.device)  # in memory, as natively, where that has no gaps
+    dense = sorted(value.stride()) == sorted(torch.empty_like(value).stride())
+    place = place.as_strided(value.shape, torch.empty_like(value).stride()) if dense else place.reshape(value.shape)
     random = _random_bits(key, place) >> shift & 0xFFFF
     # A random lower half carries into the upper one as often as what is cut off is large.
-    upper = (value.contiguous().view(torch.int32) + random.to(torch.int32)) >> 16
+    upper = (value.view(torch.int32) + random.to(torch.int32)) >> 16
     target.copy_(torch.where(value.isfinite(), upper.to(torch.int16).view(torch.bfloat16), value.to(torch.bfloat16)))
 
 

@@ -250,3 +250,41 @@ def test_a_checkpoint_without_the_accumulator_is_refused():
     del state_dict["state"][1]["sum_sq"]
     with pytest.raises(ValueError, match=r"parameter 1.*needs step, sum_sq"):
         AdaGradNorm(copies(params)).load_state_dict(state_dict)
+
+
+def test_groups_with_and_without_an_accumulator_of_their_own_mix():
+    a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    groups = [dict(params=[a], per_group=True, b0=100.0), dict(params=[b])]
+    optimizer = advance(AdaGradNorm(groups), [[torch.ones(1, dtype=torch.float64)] * 2])
+    assert optimizer.state[a]["sum_sq"].item() == 10001
+    assert optimizer.state[b]["sum_sq"].item() == pytest.approx(1.01)
+
+
+@each_backend
+def test_a_step_that_fails_leaves_the_accumulator(backend):
+    if backend.get("differentiable"):
+        return
+    params = parameters(torch.float32, COLLECTED)
+    optimizer = advance(AdaGradNorm(params, **backend), gradients(params, 1))
+    before = value(optimizer)
+    params[1].data = torch.ones(3)
+    with pytest.raises((RuntimeError, ValueError), match="shape"):
+        optimizer.step()
+    assert value(optimizer) == before
+
+
+def test_float16_gradients_do_not_overflow_where_the_sum_is_not_native():
+    param = torch.ones(4, dtype=torch.float16, requires_grad=True)
+    optimizer = AdaGradNorm([param])
+    param.grad = torch.full((1,), 300.0, dtype=torch.float16).expand(4)
+    optimizer.step()
+    assert value(optimizer) == pytest.approx(360000.01, rel=1e-7)
+
+
+def test_all_parameters_share_one_accumulator_after_loading_too():
+    params = parameters()
+    optimizer = advance(AdaGradNorm(params), gradients(params, 1))
+    other = AdaGradNorm(copies(params))
+    other.load_state_dict(saved(optimizer))
+    for one in (optimizer, other):
+        assert len({id(row["sum_sq"]) for row in one.state.values()}) == 1

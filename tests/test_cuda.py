@@ -43,6 +43,9 @@ CASES = {
     "fixed decay": dict(weight_decay=0.1, fixed_decay=True),
     "scaled": dict(grad_scale=torch.tensor(8.0)),
     "seventh step": dict(step=6.0),
+    "bfloat16 state": dict(compressed=True, seed=5),
+    "stochastic parameters": dict(stochastic=True, seed=6),
+    "masters": dict(master=True, compressed=True, seed=7),
 }
 
 
@@ -58,8 +61,14 @@ def test_kernels_agree_with_the_cpu_step(emulated, name, dtype, case):
     emulated(name)(*theirs, **other)
     assert [int(step) for step in kwargs["step"]] == [int(step) for step in other["step"]]
     # The host's compiler may fuse a multiplication and an addition where the other does not.
-    for one, two in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
-        torch.testing.assert_close(one, two, rtol=16 * torch.finfo(one.dtype).eps, atol=16 * torch.finfo(one.dtype).eps)
+    mine, other_ones = (
+        itertools.chain(*lists, options["master"]) for lists, options in ((ours, kwargs), (theirs, other))
+    )
+    for one, two in zip(mine, other_ones, strict=True):
+        close = 16 * torch.finfo(one.dtype).eps
+        if one.dtype is torch.bfloat16:  # nearly all round alike: the random bits are the same
+            assert (one != two).double().mean() <= 0.01
+        torch.testing.assert_close(one, two, rtol=close, atol=close)
 
 
 def test_tensors_that_are_not_aligned_are_updated_one_by_one(emulated):

@@ -34,7 +34,7 @@ def leaf(*values: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 @settings(max_examples=4)
 @given(data=st.data())
 def test_signs_never_change(cls, dtype, backend, data):
-    # Hundreds of steps, at rates that take weights to the ends of their range.
+    # A hundred steps, at rates that take weights to the ends of their range.
     lr = data.draw(st.sampled_from([1e-3, 0.1, 3.0]))
     param = normal(data.draw(st.integers(0, 99)), 8, 5, dtype=dtype).requires_grad_(not backend.get("differentiable"))
     before = param.detach().sign()
@@ -343,9 +343,12 @@ def test_dale_groups_part_matrices_from_vectors():
         optimizer.step()
     assert torch.equal(model[0].weight.sign(), signs)
     assert (model[1].bias != 0).any()
-    with pytest.raises(ValueError, match="no parameter of two or more"):
+    with pytest.raises(ValueError, match="no weight of two or more"):
         dale_groups(torch.nn.BatchNorm1d(3))
     assert len(dale_groups(torch.nn.Linear(2, 2, bias=False))) == 1
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm((2, 3)))
+    assert [len(group["params"]) for group in dale_groups(model)] == [1, 3]
+    DaleSGD(dale_groups(model))
 
 
 def test_lognormal_has_its_moments():
@@ -533,3 +536,77 @@ def test_a_minimum_of_the_other_sign_is_approached_and_not_reached(cls):
         optimizer.step()
     assert 0 < x[0] < 0.05
     assert -0.05 < x[1] < 0
+
+
+# Edges
+
+
+@each_dale
+def test_weights_that_become_zero_before_the_first_step_are_an_error(cls):
+    param = leaf(1.0, 2.0)
+    optimizer = cls([param])
+    with torch.no_grad():
+        param[1] = 0.0
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"params\[0\] of group 0, of shape \(2,\), holds 1 zeros"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_weight_pruned_after_it_is_not_restored_to_nothing():
+    param = leaf(1.0, 2.0)
+    optimizer = advance(DaleSGD([param], check_signs="restore"), [[torch.ones(2, dtype=torch.float64)]])
+    with torch.no_grad():
+        param[1] = 0.0
+    with pytest.raises(RuntimeError, match="1 weights are zero"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        (torch.float16, dict(min_abs=1e-9), "min_abs must be from 5.9"),
+        (torch.float32, dict(min_abs=1e-50), "min_abs must be from 1.17"),
+        (torch.float32, dict(max_abs=1e300), "max_abs must be from"),
+        (torch.float16, dict(max_abs=1e30), "max_abs must be from"),
+        (torch.float32, dict(lr=1.0, weight_decay=1.0, decoupled_weight_decay=True), r"lr \* weight_decay must be < 1"),
+    ],
+    ids=str,
+)
+def test_bounds_must_be_numbers_that_the_weights_can_be(dtype, options, message):
+    with pytest.raises(ValueError, match=message):
+        DaleSGD([leaf(1.0, dtype=dtype)], **options)
+    with pytest.raises(ValueError, match="float16 parameters have bounds of their own"):
+        DaleSGD([leaf(1.0, dtype=torch.float16), leaf(1.0, dtype=torch.float32)])
+
+
+def test_floored_zeros_take_the_sign_of_their_column_and_wait_for_all_groups():
+    matrix = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    with pytest.raises(ValueError, match="holds 1 zeros"):
+        DaleSGD([dict(params=[matrix], zeros="floor", min_abs=0.1, dale="columns"), dict(params=[leaf(0.0)])])
+    assert matrix[1].tolist() == [0.0, 0.0, 0.0]
+    DaleSGD([matrix], zeros="floor", min_abs=0.1, dale="columns")
+    torch.testing.assert_close(matrix.detach(), torch.tensor([[1.0, -1.0, 0.1], [0.1, -0.1, 0.1]]))
+
+
+def test_langevin_keeps_state_in_bfloat16_options_and_is_left_alone_by_the_compiler():
+    params = parameters(torch.float32)
+    grads = gradients(params, 2)
+    optimizer = DaleLangevin(params, state_dtype=torch.bfloat16)
+    eager = advance(DaleLangevin(copies(params)), grads)
+    compiled = torch.compile(optimizer.step)
+    for row in grads:
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        compiled()
+    assert [bits(p) for p in params] == [bits(p) for p in eager.param_groups[0]["params"]]
+
+
+def test_the_other_settings_of_a_checkpoint_do_not_switch_a_check_off():
+    param, other = leaf(1.0, -2.0), leaf(1.0, -2.0)
+    optimizer = advance(DaleSGD([param]), [[torch.ones(2, dtype=torch.float64)]])
+    state_dict = saved(optimizer)
+    state_dict["param_groups"][0]["check_signs"] = False
+    resumed = DaleSGD([other])
+    resumed.load_state_dict(state_dict)
+    assert resumed.param_groups[0]["check_signs"] is True

@@ -35,15 +35,27 @@ def hyper(rule: Rule) -> dict[str, float]:
     raise AssertionError(f"no class follows {rule.name}")
 
 
-def arguments(rule: Rule, shapes=((3, 4), (0,), (17,), ()), dtype=torch.float32, step=1.0, lr=1e-2, **settings):
+def arguments(
+    rule: Rule,
+    shapes=((3, 4), (0,), (17,), ()),
+    dtype=torch.float32,
+    step=1.0,
+    lr=1e-2,
+    compressed=False,
+    master=False,
+    **settings,
+):
     """Positional and keyword arguments of a rule's op: random parameters, gradients and states."""
     draw = torch.Generator().manual_seed(0)
     columns = [[torch.randn(s, generator=draw).to(dtype) for s in shapes] for _ in range(2)]
     wide = STATE_DTYPE.get(dtype, dtype)
+    masters = [p.to(torch.float32) * 1.001 for p in columns[0]] if master and wide != dtype else []
+    if compressed and wide is torch.float32:
+        wide = torch.bfloat16
     columns += [[torch.rand(s, generator=draw).to(wide) for s in shapes] for _ in rule.states]
     steps = [torch.tensor(step) for _ in shapes]
     lr = torch.tensor(lr, dtype=torch.float64)
-    return columns, dict(lr=lr, step=steps, master=[], **hyper(rule), **{**SETTINGS, **settings})
+    return columns, dict(lr=lr, step=steps, master=masters, **hyper(rule), **{**SETTINGS, **settings})
 
 
 def test_the_library_of_this_environment_is_loaded_and_others_say_why_not():
@@ -203,3 +215,10 @@ def test_found_inf_leaves_everything_as_it_is():
 def test_an_empty_call_does_nothing():
     args, kwargs = arguments(RULES["diffgrad"], shapes=[])
     RULES["diffgrad"].fused(*args, **kwargs)
+
+
+@pytest.mark.parametrize("start", [-2.0, -1.0, 0.0])
+def test_a_step_count_below_zero_is_harmless(start):
+    args, kwargs = arguments(RULES["diffgrad"], step=start)
+    RULES["diffgrad"].fused(*args, **kwargs)
+    assert all(step == start + 1 for step in kwargs["step"])

@@ -367,3 +367,79 @@ def test_state_of_another_dtype_than_it_is_kept_in_is_an_error_before_anything_c
         with pytest.raises(RuntimeError, match=r"dtype|float32|bfloat16"):
             optimizer.step()
         assert [bits(p) for p in params] == before
+
+
+@pytest.mark.parametrize("layout", ["vector", "transposed", "channels-last"])
+def test_back_ends_round_alike_for_any_number_of_tensors_in_any_layout(layout):
+    results = []
+    for backend in STEPPING:
+        params = [p.detach().requires_grad_() for _ in range(3) for p in parameters(BF16, [layout])]
+        grads = [p.detach() * 1e-3 for p in params]
+        advance(DaleSGD([dict(params=params, dale=False)], lr=1.0, rounding="stochastic", **backend), [grads])
+        results.append([bits(p)[3] for p in params])
+    assert results[0] == results[1]
+    assert results[0] == results[2]
+    assert len(set(results[0])) == 3  # equal parameters do not round alike
+
+
+def test_groups_do_not_round_alike():
+    params = [normal(1, 100, dtype=torch.float32).to(BF16).requires_grad_() for _ in range(2)]
+    grads = [p.detach() * 1e-3 for p in params]
+    groups = [dict(params=[p], dale=False) for p in params]
+    advance(DaleSGD(groups, lr=1.0, rounding="stochastic"), [grads])
+    assert bits(params[0]) != bits(params[1])
+
+
+@each_stepping
+@pytest.mark.parametrize(
+    "wrong", [lambda m: m[:2], lambda m: m.to(BF16), lambda m: m.double()], ids=["shape", "16", "64"]
+)
+def test_a_master_that_does_not_fit_is_an_error_before_anything_changes(backend, wrong):
+    params = parameters(BF16, ["vector", "transposed"])
+    optimizer = advance(AdaBelief(params, rounding="master", **backend), gradients(params, 2))
+    optimizer.state[params[1]]["master"] = wrong(optimizer.state[params[1]]["master"])
+    before = [bits(p) for p in params], [int(optimizer.state[p]["step"]) for p in params]
+    with pytest.raises(RuntimeError, match="master"):
+        optimizer.step()
+    assert ([bits(p) for p in params], [int(optimizer.state[p]["step"]) for p in params]) == before
+
+
+@each_stepping
+def test_a_model_may_change_its_dtype_between_steps(backend):
+    model = torch.nn.Linear(3, 2).bfloat16()
+    optimizer = AdaBelief(model.parameters(), rounding="master", **backend)
+    for convert in (model.bfloat16, model.float, model.bfloat16):
+        convert()
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@each_stepping
+def test_a_complex_and_a_16_bit_parameter_may_share_a_group_with_masters(backend):
+    params = [torch.ones(3, dtype=torch.complex64, requires_grad=True), torch.ones(3, dtype=BF16, requires_grad=True)]
+    optimizer = advance(AdaBelief(params, rounding="master", **backend), [[torch.ones_like(p) for p in params]] * 2)
+    assert "master" in optimizer.state[params[1]]
+
+
+def test_one_bound_for_all_groups_is_said_so_when_a_group_is_changed():
+    optimizer = AdaBelief(parameters())
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match="max_grad_norm bounds the gradients of all groups together"):
+        optimizer.step()
+
+
+def test_a_clipped_step_of_lists_is_one_graph():
+    torch._dynamo.reset()
+    params = parameters(torch.float32, ["vector", "scalar"])
+    optimizer = AdaBelief(params, max_grad_norm=0.5, foreach=True)
+    eager = AdaBelief(copies(params), max_grad_norm=0.5, foreach=True)
+    compiled = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    for row in gradients(params, 3):
+        advance(eager, [row])
+        for param, grad in zip(params, row, strict=True):
+            param.grad = grad
+        compiled()
+    torch.testing.assert_close(params, eager.param_groups[0]["params"], rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
