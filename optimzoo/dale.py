@@ -330,8 +330,8 @@ class DaleAdamW(_Dale):
     r"""AdamW's step in the exponent: weights are multiplied, and keep their signs.
 
     .. math::
-        w_t = w_{t-1} (1 - \gamma\lambda) \exp\Big(-\gamma\, \mathrm{sign}(w_{t-1})\,
-            \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}\Big)
+        w_t = w_{t-1} (1 - \gamma\lambda) \exp\left(-\gamma\, \mathrm{sign}(w_{t-1})\,
+            \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}\right)
 
     with Adam's averages :math:`m_t` of the gradient and :math:`v_t` of its square.
 
