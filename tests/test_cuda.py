@@ -67,7 +67,7 @@ def test_kernels_agree_with_the_cpu_step(emulated, name, dtype, case):
     for one, two in zip(mine, other_ones, strict=True):
         close = 16 * torch.finfo(one.dtype).eps
         if one.dtype is torch.bfloat16:  # nearly all round alike: the random bits are the same
-            assert (one != two).double().mean() <= 0.01
+            assert (one != two).sum() <= 1 + 0.01 * one.numel()
         torch.testing.assert_close(one, two, rtol=close, atol=close)
 
 
