@@ -98,6 +98,23 @@ OZ_FN void sweep(const Rule& rule, const Prologue<T>& prologue, const Random<siz
   }
 }
 
+// Calls `call` with the rule; of one with two forms with a copy whose form the compiler knows: it does not vectorise a
+// choice between them within the loop.
+template <typename Rule, typename F>
+OZ_FN auto in_one_form(Rule rule, int, const F& call) -> decltype(rule.form, void()) {
+  if (rule.form != 0) {
+    rule.form = 1;
+    call(rule);
+  } else {
+    rule.form = 0;
+    call(rule);
+  }
+}
+template <typename Rule, typename F>
+OZ_FN void in_one_form(const Rule& rule, long, const F& call) {
+  call(rule);
+}
+
 template <Rest rest, typename Rule, typename P, typename T, typename Index, typename... State>
 OZ_CLONES void run(Rule rule, Prologue<T> prologue, Random<sizeof...(State)> random, int64_t n, P* param, const P* grad,
                    float* master, Index index, State*... state) {
@@ -112,13 +129,17 @@ OZ_CLONES void run(Rule rule, Prologue<T> prologue, Random<sizeof...(State)> ran
       if constexpr (rest == Rest::master)
         for (int64_t i = 0; i < size; ++i)
           if (static_cast<float>(static_cast<P>(master[begin + i])) == wide_param[i]) wide_param[i] = master[begin + i];
-      sweep<Rest::nearest>(rule, prologue, random, size, wide_param, wide_grad, nullptr, index, state + begin...);
+      in_one_form(rule, 0, [&](const Rule& fixed) __attribute__((always_inline)) {
+        sweep<Rest::nearest>(fixed, prologue, random, size, wide_param, wide_grad, nullptr, index, state + begin...);
+      });
       random.index += static_cast<uint32_t>(size);
       for (int64_t i = 0; i < size; ++i) param[begin + i] = static_cast<P>(wide_param[i]);
       if constexpr (rest == Rest::master) std::copy(wide_param, wide_param + size, master + begin);
     }
   } else {
-    sweep<rest>(rule, prologue, random, n, param, grad, master, index, state...);
+    in_one_form(rule, 0, [&](const Rule& fixed) __attribute__((always_inline)) {
+      sweep<rest>(fixed, prologue, random, n, param, grad, master, index, state...);
+    });
   }
 }
 
@@ -254,7 +275,8 @@ OZ_CLONES double inner_product(const P* left, const P* right, int64_t n) {
   return total;
 }
 
-// The inner product of two lists of tensors, or of one with itself where the second is empty. It is summed piece by piece in a fixed order, whatever the threads.
+// The inner product of two lists of tensors, or of one with itself where the second is empty. It is summed piece by
+// piece in a fixed order, whatever the threads.
 void dot(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   static const int32_t cpu = aoti_torch_device_type_cpu();

@@ -9,10 +9,10 @@
 //   void operator()(T& param, T grad, T&... state) const
 //             the arithmetic of one coordinate; writes param and the states, never the gradient; choices are made on T,
 //             not on bool members, for GCC vectorises those only where all is equally wide
-// and OZ_RULE(Rule) behind it; a rule whose coupled weight decay adds something else than the parameter to the gradient
-// says so in T pull(T param) const. It sees neither dtypes, chunks and threads nor weight decay, maximize and loss
-// scales: those come before it, in Prologue. The Python twin of rules/NAME.h is optimzoo/NAME.py, same lines, same
-// order.
+// and OZ_RULE(Rule) behind it. A rule of two forms tells them apart by a member T form, 0 or 1; a rule whose coupled
+// weight decay adds something else than the parameter to the gradient says so in T pull(T param) const. It sees neither
+// dtypes, chunks and threads nor weight decay, maximize and loss scales: those come before it, in Prologue. The Python
+// twin of rules/NAME.h is optimzoo/NAME.py, same lines, same order.
 #pragma once
 
 #include <array>
@@ -20,7 +20,6 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
-#include <limits>
 #include <type_traits>
 
 #if defined(__CUDACC__)
@@ -118,17 +117,12 @@ OZ_FN T exp_neg(T x) {
 #endif
 }
 
-// exp(x): zero where it would be less than the smallest normal number, infinite where it would be more than the inverse
-// of that.
+// exp(x) where it is a normal number and its inverse too: |x| <= largest_exponent.
+template <typename T>
+constexpr T largest_exponent = sizeof(T) == 4 ? T(87) : T(708);
 template <typename T>
 OZ_FN T exponential(T x) {
-#if defined(OZ_ON_DEVICE)
-  return exp(x);
-#else
-  const T size = std::abs(x), limit = sizeof(T) == 4 ? T(87.33) : T(708.39);
-  const T less = size > limit ? T(0) : exp_neg(size);
-  return x > 0 ? 1 / less : x == x ? less : x;
-#endif
+  return exp_neg(-x);  // whose arithmetic takes a negative argument too
 }
 
 // What weight decay that is coupled adds to the gradient, before it is weighted: the parameter, if the rule says

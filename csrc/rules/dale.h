@@ -3,15 +3,16 @@
 
 namespace optimzoo {
 
-// What the rules below share: the parameter is multiplied by exp(exponent), which keeps its sign; with `dale` false the
+// What the rules below share: the parameter is multiplied by exp(exponent), which keeps its sign; in the other form the
 // exponent's counterpart is added instead.
 template <typename T>
 struct Multiplicative {
-  T dale, clip, min_abs, max_abs;
+  T form, clip, min_abs, max_abs;  // form 1 multiplies, 0 adds
 
-  OZ_FN explicit Multiplicative(const double* h) : dale(h[0]), clip(h[1]), min_abs(h[2]), max_abs(h[3]) {}
+  OZ_FN explicit Multiplicative(const double* h)
+      : form(h[0]), clip(h[1] < largest_exponent<T> ? h[1] : largest_exponent<T>), min_abs(h[2]), max_abs(h[3]) {}
 
-  OZ_FN T pull(T param) const { return dale != 0 ? sign(param) : param; }
+  OZ_FN T pull(T param) const { return form != 0 ? sign(param) : param; }
 
   // The parameter after `move`, the step that a plain rule would add. What is not finite is not written.
   OZ_FN T moved(T param, T move) const {
@@ -20,11 +21,11 @@ struct Multiplicative {
     T size = std::abs(param) * exponential(clipped);
     size = size < min_abs ? min_abs : size > max_abs ? max_abs : size;
     const T result = finite(exponent) ? direction * size : param;
-    return dale != 0 ? result : param + move;
+    return form != 0 ? result : param + move;
   }
 
   // Whether a coordinate takes part in the step.
-  OZ_FN bool steps(T grad) const { return dale == 0 || finite(grad); }
+  OZ_FN bool steps(T grad) const { return form == 0 || finite(grad); }
 };
 
 // Exponentiated gradient (Kivinen and Warmuth, 1997; Cornford et al., 2024).
@@ -121,7 +122,7 @@ struct DaleLangevin : Multiplicative<T> {
     // moved() multiplies by the sign, which is its own inverse.
     const T move = -rate * grad + direction * (drift + shake * noise);
     const bool steps = this->steps(grad);
-    param = steps ? this->moved(param, this->dale != 0 ? move : -lr * grad + spread * noise) : param;
+    param = steps ? this->moved(param, this->form != 0 ? move : -lr * grad + spread * noise) : param;
   }
 };
 OZ_RULE(DaleLangevin)

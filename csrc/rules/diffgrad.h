@@ -22,7 +22,7 @@ struct DiffGrad {
         slope(h[3] == 2 ? 0.5 : 1),
         height(h[3] == 2 ? 9 : 1),
         base(h[3] == 2 ? -4 : 0),
-        sign_below(h[3] == 1 ? 0 : -std::numeric_limits<T>::infinity()) {}
+        sign_below(h[3] == 1 ? 0 : -T(INFINITY)) {}
 
   OZ_FN void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& previous_grad) const {
     exp_avg = lerp(grad, exp_avg, weight1);
