@@ -35,6 +35,25 @@ class Row:
     lognormal: bool = False  # the first layer
 
 
+class Literal(torch.optim.Optimizer):
+    """What DaleAdamW computes, written down without its bounds and checks: shows what is due to the data."""
+
+    def __init__(self, params: Iterable[Tensor], **settings: float) -> None:
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates all parameters."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            for param in group["params"]:
+                m, v, t = self.state[param].get("mvt", (0.0, 0.0, 0))
+                t, m, v = t + 1, 0.9 * m + 0.1 * param.grad, 0.999 * v + 0.001 * param.grad**2
+                self.state[param]["mvt"] = m, v, t
+                direction = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+                param.mul_(1 - lr * group["weight_decay"]).mul_((-lr * param.sign() * direction).exp())
+
+
 ROWS = [
     Row("SGD .1, momentum .9", torch.optim.SGD, dict(lr=0.1, momentum=0.9), (97.78, 0.77), 0.197),
     Row("DaleSGD .1, momentum .9", DaleSGD, dict(lr=0.1, momentum=0.9), (96.00, 0.87), 0),
@@ -42,8 +61,10 @@ ROWS = [
     Row("DaleSGD 1, no momentum", DaleSGD, dict(lr=1.0), (95.78, 1.45), 0),
     Row("DaleSGD 1, momentum .9", DaleSGD, dict(lr=1.0, momentum=0.9), (16.6, math.nan), None),
     Row("the same, exponent_clip 1", DaleSGD, dict(lr=1.0, momentum=0.9, exponent_clip=1.0), None, None),
+    Row("the same, exponent_clip .03", DaleSGD, dict(lr=1.0, momentum=0.9, exponent_clip=0.03), None, None),
     Row("DaleAdamW .01, decay .01", DaleAdamW, dict(lr=0.01, weight_decay=0.01), (97.06, 0.76), 0),
     Row("DaleAdamW .1, decay .01", DaleAdamW, dict(lr=0.1, weight_decay=0.01), (90.11, 2.43), 0),
+    Row("its formula in five lines", Literal, dict(lr=0.1, weight_decay=0.01), (90.11, 2.43), 0),
 ]
 
 
@@ -114,8 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     print(table(head, rows))
     arguments = sys.argv[1:] if argv is None else argv
     print(
-        f"\nMean ± s.d. over {seeds} seeds; {epochs} epochs, batch {BATCH}, no schedule, pixels in [0, 1]; each seed splits"
-        f" the 1,797 images anew into {TRAIN} to train on and 360 to test. {source('bench.dale', arguments)}"
+        f"\nMean ± s.d. over {seeds} seeds; {epochs} epochs, batch {BATCH}, no schedule, pixels in [0, 1]; each seed"
+        f" splits the 1,797 images anew into {TRAIN} to train on and 360 to test. {source('bench.dale', arguments)}"
     )
     return 0
 

@@ -132,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     release = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     version = re.search(r"V([\d.]+)", release)
     print(
-        f"\nBlocks of {THREADS} threads, 8 warps. An SM holds min(⌊⌊65536 / r⌋₄ / 8⌋, 64 / 8, 32, ⌊228 KB / s⌋) of them,"
-        " where r is 32 x registers rounded up to 256, ⌊ ⌋₄ rounds down to a multiple of 4 warps, and s is the shared"
-        " memory and 1 KB of the system's, rounded up to 128 bytes; occupancy is 8 blocks / 64."
+        f"\nBlocks of {THREADS} threads, 8 warps. An SM holds min(⌊⌊65536 / r⌋₄ / 8⌋, 64 / 8, 32, ⌊228 KB / s⌋)"
+        " of them, where r is 32 x registers rounded up to 256, ⌊ ⌋₄ rounds down to a multiple of 4 warps, and s is"
+        " the shared memory and 1 KB of the system's, rounded up to 128 bytes; occupancy is 8 blocks / 64."
         f" Floor: bytes a parameter over {BANDWIDTH} TB/s, of all data in device memory and none in caches."
         f" nvcc {version[1] if version else 'of unknown version'}, sm_90; compiled, not run."
         " Command: `python -m bench.kernels`."

@@ -19,13 +19,13 @@ from torch import Tensor
 
 import optimzoo
 from bench.markdown import source, spread, table
-from bench.methods import Imported, OptSpec
+from bench.methods import Imported, OptSpec, half_decades
+from bench.protocol import FINAL_SEEDS, TUNING_SEEDS
 from bench.run import Record, Settings, Training, state_bytes
 from bench.tasks import TASKS
 
-# Of the float32 runs on this task in docs/results/bench.md; DaleAdamW's, relative to the weight, by validation likewise.
+# By validation of float32 runs on this task: docs/results/bench.md, and for DaleAdamW --tune.
 LRS = {"AdaBelief": 0.1, "DiffGrad": 0.03, "DaleAdamW": 0.1}
-BIAS_LR = 1e-2  # of DaleAdamW, which adds to biases
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def build(params: Iterable[Tensor], name: str, **settings: Any) -> torch.optim.O
     params = list(params)
     if name == "DaleAdamW":
         matrices, vectors = ([p for p in params if (p.dim() > 1) is wide] for wide in (True, False))
-        params = [{"params": matrices}, {"params": vectors, "dale": False, "lr": BIAS_LR}]
+        params = [{"params": matrices}, {"params": vectors, "dale": False, "lr": settings["lr"] / 10}]
     return getattr(optimzoo, name)(params, **settings)
 
 
@@ -99,14 +99,16 @@ ZOO = OptSpec("zoo", build)
 KAHAN = OptSpec("kahan", Imported("bench.rounding:Kahan"))
 
 
-def run(name: str, way: Way, seed: int, budget: float) -> Record:
-    """Trains once; the training loss of a point of the curve is the mean since the last one."""
+def run(name: str, way: Way, seed: int, budget: float, lr: float | None = None) -> Record:
+    """Trains once, on the training part alone if a learning rate is given to be tried.
+
+    The training loss of a point of the curve is the mean since the last one.
+    """
     torch.set_num_threads(1)
-    hp = {"name": name, "lr": LRS[name], **dict(way.options)}
+    hp = {"name": name, "lr": LRS[name] if lr is None else lr, **dict(way.options)}
     method = f"bench.rounding:{'KAHAN' if way.kahan else 'ZOO'}"
-    training = Training(
-        Settings("mnist1d", 1, method, "optimzoo", hp, seed, "train+validation", budget, dtype=way.dtype)
-    )
+    split = "train+validation" if lr is None else "train"
+    training = Training(Settings("mnist1d", 1, method, "optimzoo", hp, seed, split, budget, dtype=way.dtype))
     while training.due or not training.done:
         if training.due:
             training.evaluate()
@@ -138,7 +140,7 @@ def to_markdown(results: dict[tuple[str, str], list[Record]], seeds: int) -> str
     rows, verdicts = [], []
     for (name, way), runs in results.items():
         base = results[name, WAYS[0].name]
-        cells = [spread([r["loss"] for r in runs], 3), spread([r["accuracy"] for r in runs], 1)]
+        cells = [spread([r["loss"] for r in runs], 4), spread([r["accuracy"] for r in runs], 1)]
         if seeds > 1:
             for place, (key, sign, what) in enumerate([("loss", 1, "training loss"), ("accuracy", -1, "accuracy")]):
                 if worse(runs, base, key, sign):
@@ -181,10 +183,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--seeds", type=int, default=5, help="default: 5")
     add("--workers", type=int, default=2, help="processes of one thread; default: 2")
     add("--plot", type=Path, metavar="FILE", help="write the loss curves as an image")
+    add("--tune", metavar="METHOD", choices=list(LRS), help="print validation accuracies of learning rates instead")
     add("--quick", action="store_true", help="one seed and half an epoch, to see that all of it runs")
     args = parser.parse_args(argv)
     seeds, budget = (1, 0.5 / TASKS["mnist1d"].spec.epochs) if args.quick else (args.seeds, 1.0)
-    jobs = [(name, way, seed, budget) for name in LRS for way in WAYS for seed in range(seeds)]
+    if args.tune:
+        for lr in half_decades(0.03, 5):
+            accuracy = run(args.tune, WAYS[0], TUNING_SEEDS, budget, lr)["accuracy"]
+            print(f"{args.tune} lr {lr:g}: {accuracy:.1f} % of the validation part")
+        return 0
+    jobs = [
+        (name, way, seed, budget) for name in LRS for way in WAYS for seed in range(FINAL_SEEDS, FINAL_SEEDS + seeds)
+    ]
     if args.workers > 1 and not args.quick:
         with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
             records = list(pool.map(run, *zip(*jobs, strict=True)))
@@ -195,12 +205,13 @@ def main(argv: list[str] | None = None) -> int:
         results.setdefault((name, way.name), []).append(record)
     print(to_markdown(results, seeds))
     rates = ", ".join(f"{name} {lr:g}" for name, lr in LRS.items())
-    epochs = budget * TASKS["mnist1d"].spec.epochs
+    spec = TASKS["mnist1d"].spec
+    arguments = sys.argv[1:] if argv is None else argv
     print(
-        f"\nMNIST-1D, {epochs:g} epochs, batch {TASKS['mnist1d'].spec.batch}, cosine schedule, mean ± s.d. over"
-        f" {seeds} seeds. Learning rates: {rates} ({BIAS_LR:g} for biases)."
+        f"\nMNIST-1D, {budget * spec.epochs:g} epochs, batch {spec.batch}, cosine schedule, mean ± s.d. over {seeds}"
+        f" seeds. Learning rates: {rates} (a tenth of it for biases)."
         " Final training loss: the mean over the last twentieth of the run."
-        f" Bytes: parameter and state, without gradient and step count. {source('bench.rounding', sys.argv[1:] if argv is None else argv)}"
+        f" Bytes: parameter and state, without gradient and step count. {source('bench.rounding', arguments)}"
     )
     if args.plot:
         plot(results, args.plot)

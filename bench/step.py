@@ -232,18 +232,23 @@ class Bed:
             before = torch.cuda.memory_allocated()
             optimizer.step()
             return (torch.cuda.max_memory_allocated() - before) / self.size
-        # Two steps, so that memory which the second gives back was seen to be taken.
-        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-            optimizer.step()
-            with torch.profiler.record_function("second step"):
-                optimizer.step()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        begin = next(event["ts"] for event in events if event["name"] == "second step")
-        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-        return max(accumulate((change for at, change in changes if at >= begin), initial=0)) / self.size
+        return max(accumulate(memory_changes(optimizer.step), initial=0)) / self.size
+
+
+def memory_changes(call: Step) -> list[int]:
+    """The bytes that torch's CPU allocator gives, or takes back where they are negative, in a call, in their order."""
+    # Two calls, so that memory which the second gives back was seen to be taken.
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        call()
+        with torch.profiler.record_function("second call"):
+            call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    begin = next(event["ts"] for event in events if event["name"] == "second call")
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return [change for at, change in changes if at >= begin]
 
 
 class Streams:
@@ -425,7 +430,7 @@ def to_markdown(races: Sequence[Race], where: dict[str, Any], rounds: int, comma
     caption = (
         "Bytes a parameter that a fused step moves at least: parameter and gradient read, parameter written, state"
         " read and written, and for AdaGradNorm the gradient read twice. Then the rate at which it moves them, in % of"
-        " the in-place stream's in the same round; above 100 is what a cache held."
+        " the in-place stream's in the same run; above 100 is what a cache held."
     )
     return "\n\n".join([as_table(lines), *notes, caption, as_table(of_stream)])
 
