@@ -448,6 +448,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shapes", type=lambda text: text.split(","), default=list(work_lists(True)), help="default: all three")
     add("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2], help="default: 1,2")
     add("--methods", type=lambda text: text.split(","), default=[], help="more classes, package.module:Class")
+    add("--fused", action="store_true", help="only those that are fused")
     add("--rounds", type=int, default=9, help="samples of each contender; default: 9")
     add("--device", default="cpu", help="cpu or cuda")
     add("--json", type=Path, metavar="FILE", help="write all samples")
@@ -465,6 +466,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
     args.contenders = [*CONTENDERS, *(Contender(path, backend) for path in args.methods for backend in BACKENDS)]
+    if args.fused:
+        args.contenders = [contender for contender in args.contenders if contender.backend.startswith("fused")]
     if args.quick:
         args.rounds, args.threads = min(args.rounds, 3), args.threads[:1]
     cores = os.cpu_count() or 1
