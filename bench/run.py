@@ -43,7 +43,7 @@ class Settings:
     split: str  # what it trains on: a key of EVALUATED_ON
     budget: float = 1.0  # multiple of the task's epochs
     schedule: str = "cosine"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of parameters, inputs and activations; the loss is taken in float32
 
     @property
     def id(self) -> str:
@@ -88,12 +88,15 @@ class Training:
             raise NotImplementedError(f"{method.name} needs {', '.join(sorted(missing))}; this loop has no such thing")
         self.takes_closure = "closure" in method.needs
         data = self.task.data()
-        self.held_out: Batch = getattr(data, EVALUATED_ON[settings.split])
+        dtype = getattr(torch, settings.dtype)
+        inputs, labels = getattr(data, EVALUATED_ON[settings.split])
+        self.held_out: Batch = (inputs.to(dtype), labels)
         parts = [getattr(data, part) for part in settings.split.split("+")]
         self.inputs, self.labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        self.inputs = self.inputs.to(dtype)
         self.size = len(self.labels)
         self.budget = round(settings.budget * self.task.spec.epochs * self.size)
-        self.model = self.task.model(settings.seed)
+        self.model = self.task.model(settings.seed).to(dtype)
         self.optimizer = method.build(self.model.parameters(), **settings.hp)
         self.peak_lrs = [group.get("lr", 0.0) for group in self.optimizer.param_groups]
         torch.manual_seed(stream("noise", settings.seed))  # what a method may draw from the global generator

@@ -71,6 +71,7 @@ class Contender:
     path: str
     backend: str
     options: dict[str, Any] = field(default_factory=dict)
+    reads_again: int = 0  # bytes a parameter: of gradients whose norm has to be known before the first of them is used
 
     @property
     def name(self) -> str:
@@ -93,14 +94,20 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "single": {"foreach": False, "fused": False},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
+    "fused, bfloat16 state": {"fused": True, "state_dtype": torch.bfloat16},
     "its own": {},  # of a peer that has no choice, or whose default is meant
 }
 BASELINE = Contender("torch.optim:AdamW", "fused")
 BELIEF = {"rectify": False}
+DALE = {"check_signs": False}  # the others change signs in the parameters that all share
+OURS = ("single", "foreach", "fused", "fused, bfloat16 state")
 CONTENDERS = [
     *(Contender("torch.optim:AdamW", backend) for backend in ("single", "foreach")),
-    *(Contender("optimzoo:DiffGrad", backend) for backend in ("single", "foreach", "fused")),
-    *(Contender("optimzoo:AdaBelief", backend, BELIEF) for backend in ("single", "foreach", "fused")),
+    *(Contender("optimzoo:DiffGrad", backend) for backend in OURS),
+    *(Contender("optimzoo:AdaBelief", backend, BELIEF) for backend in OURS),
+    Contender("optimzoo:DaleSGD", "fused", {**DALE, "momentum": 0.9}),
+    Contender("optimzoo:DaleAdamW", "fused", DALE),
+    Contender("optimzoo:AdaGradNorm", "fused", reads_again=4),
     Contender("torch_optimizer:DiffGrad", "its own"),
     Contender("torch_optimizer:AdaBelief", "its own", BELIEF),
     Contender("pytorch_optimizer:DiffGrad", "its own"),
@@ -142,6 +149,7 @@ class Result:
     first_step: float
     state_bytes: float  # a parameter, as is the next
     transient_bytes: float
+    reads_again: int = 0
     times: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
 
@@ -160,9 +168,14 @@ class Result:
         return statistics.median(self.ratios)
 
     @property
+    def traffic(self) -> float:
+        """The bytes a parameter that the step cannot do without."""
+        return 12 + 2 * self.state_bytes + self.reads_again
+
+    @property
     def gigabytes(self) -> float:
-        """The traffic a second that the step cannot do without."""
-        return (12 + 2 * self.state_bytes) / self.nanoseconds
+        """That traffic a second."""
+        return self.traffic / self.nanoseconds
 
 
 class Bed:
@@ -207,6 +220,7 @@ class Bed:
             first,
             state_bytes(optimizer) / self.size,
             self._transient(optimizer),
+            contender.reads_again,
         )
         return optimizer, result
 
@@ -218,18 +232,23 @@ class Bed:
             before = torch.cuda.memory_allocated()
             optimizer.step()
             return (torch.cuda.max_memory_allocated() - before) / self.size
-        # Two steps, so that memory which the second gives back was seen to be taken.
-        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-            optimizer.step()
-            with torch.profiler.record_function("second step"):
-                optimizer.step()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        begin = next(event["ts"] for event in events if event["name"] == "second step")
-        changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-        return max(accumulate((change for at, change in changes if at >= begin), initial=0)) / self.size
+        return max(accumulate(memory_changes(optimizer.step), initial=0)) / self.size
+
+
+def memory_changes(call: Step) -> list[int]:
+    """The bytes that torch's CPU allocator gives, or takes back where they are negative, in a call, in their order."""
+    # Two calls, so that memory which the second gives back was seen to be taken.
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        call()
+        with torch.profiler.record_function("second call"):
+            call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    begin = next(event["ts"] for event in events if event["name"] == "second call")
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return [change for at, change in changes if at >= begin]
 
 
 class Streams:
@@ -326,6 +345,11 @@ COLUMNS = ("optimizer", "back-end", "ratio [min, max]", "ns/param", "% of stream
            "state B/param", "transient B/param")  # fmt: skip
 
 
+def share(race: Race, result: Result) -> float:
+    """The part of the in-place stream's rate that a step's necessary traffic reaches."""
+    return result.gigabytes / race.streams["in place"]
+
+
 def describe(race: Race) -> str:
     """What was stepped on, and how fast the memory is."""
     streams = ", ".join(f"{name} {rate:.1f}" for name, rate in race.streams.items())
@@ -343,7 +367,7 @@ def rows(race: Race) -> list[list[str]]:
             result.backend,
             f"{result.ratio:.2f} [{min(result.ratios):.2f}, {max(result.ratios):.2f}]",
             f"{result.nanoseconds:.2f}",
-            f"{100 * result.gigabytes / race.streams['in place']:.0f}",
+            f"{100 * share(race, result):.0f}",
             f"{1e3 * result.first_step:.1f}",
             f"{result.state_bytes:.2f}",
             f"{result.transient_bytes:.1f}",
@@ -392,7 +416,28 @@ def to_markdown(races: Sequence[Race], where: dict[str, Any], rounds: int, comma
         f" Command: `python -m bench.step {shlex.join(command)}`.",
         *(f"{title}: {reason}." for title, reason in first.absent.items()),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "\n\n".join(notes)
+    traffic = [
+        [
+            f"`{result.name}`",
+            result.backend,
+            f"{result.traffic:.0f}",
+            *(f"{100 * share(race, race.results[place]):.0f}" for race in races),
+        ]
+        for place, result in enumerate(first.results)
+        if result.backend.startswith("fused")
+    ]
+    of_stream = [["optimizer", "back-end", "bytes", *heads], ["---", "---", *["--:"] * (len(races) + 1)], *traffic]
+    caption = (
+        "Bytes a parameter that a fused step moves at least: parameter and gradient read, parameter written, state"
+        " read and written, and for AdaGradNorm the gradient read twice. Then the rate at which it moves them, in % of"
+        " the in-place stream's in the same run; above 100 is what a cache held."
+    )
+    return "\n\n".join([as_table(lines), *notes, caption, as_table(of_stream)])
+
+
+def as_table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -403,6 +448,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shapes", type=lambda text: text.split(","), default=list(work_lists(True)), help="default: all three")
     add("--threads", type=lambda text: [int(t) for t in text.split(",")], default=[1, 2], help="default: 1,2")
     add("--methods", type=lambda text: text.split(","), default=[], help="more classes, package.module:Class")
+    add("--fused", action="store_true", help="only those that are fused")
     add("--rounds", type=int, default=9, help="samples of each contender; default: 9")
     add("--device", default="cpu", help="cpu or cuda")
     add("--json", type=Path, metavar="FILE", help="write all samples")
@@ -420,6 +466,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
     args.contenders = [*CONTENDERS, *(Contender(path, backend) for path in args.methods for backend in BACKENDS)]
+    if args.fused:
+        args.contenders = [contender for contender in args.contenders if contender.backend.startswith("fused")]
     if args.quick:
         args.rounds, args.threads = min(args.rounds, 3), args.threads[:1]
     cores = os.cpu_count() or 1

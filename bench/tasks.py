@@ -86,13 +86,13 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch, *, reduction: str = "mean") -> Tensor:
         inputs, labels = batch
-        return F.cross_entropy(model(inputs), labels, reduction=reduction)
+        return F.cross_entropy(model(inputs).float(), labels, reduction=reduction)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Batch) -> dict[str, float]:
         training = model.training
         model.eval()
-        logits = torch.cat([model(inputs) for inputs in split[0].split(500)])
+        logits = torch.cat([model(inputs) for inputs in split[0].split(500)]).float()
         model.train(training)
         return {
             "accuracy": (logits.argmax(1) == split[1]).double().mean().item(),
