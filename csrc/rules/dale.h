@@ -14,18 +14,19 @@ struct Multiplicative {
 
   OZ_FN T pull(T param) const { return form != 0 ? sign(param) : param; }
 
-  // The parameter after `move`, the step that a plain rule would add. What is not finite is not written.
+  // The parameter after `move`, the step that a plain rule would add.
   OZ_FN T moved(T param, T move) const {
-    const T direction = sign(param), exponent = direction * move;
-    const T clipped = exponent > clip ? clip : exponent < -clip ? -clip : exponent;
-    T size = std::abs(param) * exponential(clipped);
-    size = size < min_abs ? min_abs : size > max_abs ? max_abs : size;
-    const T result = finite(exponent) ? direction * size : param;
+    const T exponent = param < 0 ? -move : move;
+    const T low = exponent < clip ? exponent : clip;
+    T size = std::abs(param) * exponential(low > -clip ? low : -clip);
+    size = size > min_abs ? size : min_abs;
+    size = size < max_abs ? size : max_abs;
+    const T result = param != 0 ? std::copysign(size, param) : param;
     return form != 0 ? result : param + move;
   }
 
-  // Whether a coordinate takes part in the step.
-  OZ_FN bool steps(T grad) const { return form == 0 || finite(grad); }
+  // Whether a coordinate takes part in the step: what is not finite is not written.
+  OZ_FN bool steps(T grad, T move) const { return form == 0 || (grad - grad) + (move - move) == 0; }
 };
 
 // Exponentiated gradient (Kivinen and Warmuth, 1997; Cornford et al., 2024).
@@ -38,7 +39,10 @@ struct DaleSGD : Multiplicative<T> {
 
   OZ_FN DaleSGD(double rate, const double* h, double) : Multiplicative<T>(h), lr(rate) {}
 
-  OZ_FN void operator()(T& param, T grad) const { param = this->moved(param, -lr * grad); }
+  OZ_FN void operator()(T& param, T grad) const {
+    const T move = -lr * grad;
+    param = this->steps(grad, move) ? this->moved(param, move) : param;
+  }
 };
 OZ_RULE(DaleSGD)
 
@@ -58,7 +62,7 @@ struct DaleSGDMomentum : Multiplicative<T> {
     const T average = momentum * momentum_buffer + weight * grad;
     const T direction = ahead != 0 ? grad + momentum * average : average;
     const T move = -lr * direction;
-    const bool steps = this->steps(grad) && this->steps(move);
+    const bool steps = this->steps(grad, move);
     momentum_buffer = steps ? average : momentum_buffer;
     param = steps ? this->moved(param, move) : param;
   }
@@ -86,7 +90,7 @@ struct DaleAdamW : Multiplicative<T> {
     const T average = lerp(grad, exp_avg, weight1);
     const T square = beta2 * exp_avg_sq + weight2 * grad * grad;
     const T move = -step_size * average / (std::sqrt(square) * root_correction + eps);
-    const bool steps = this->steps(grad) && this->steps(move);
+    const bool steps = this->steps(grad, move);
     exp_avg = steps ? average : exp_avg;
     exp_avg_sq = steps ? square : exp_avg_sq;
     param = steps ? this->moved(param, move) : param;
@@ -121,8 +125,8 @@ struct DaleLangevin : Multiplicative<T> {
     const T shake = kind == 2 ? spread / std::sqrt(bound) : spread;
     // moved() multiplies by the sign, which is its own inverse.
     const T move = -rate * grad + direction * (drift + shake * noise);
-    const bool steps = this->steps(grad);
-    param = steps ? this->moved(param, this->form != 0 ? move : -lr * grad + spread * noise) : param;
+    const T step = this->form != 0 ? move : -lr * grad + spread * noise;
+    param = this->steps(grad, step) ? this->moved(param, step) : param;
   }
 };
 OZ_RULE(DaleLangevin)
