@@ -58,7 +58,9 @@ REFUSES: dict[str, dict[str, str]] = {
 }
 
 # Public names that this table does not drive, with the tests that show their contract instead.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {
+    "CBO": "test_cbo.py: its step takes a closure and no gradient",
+}
 
 BACKENDS: dict[str, dict[str, bool]] = {
     "single": dict(foreach=False, fused=False),

@@ -60,7 +60,7 @@ def _polarised(x, energies, alpha, kernel, kappa, kernel_alpha):
     for i in range(len(x)):
         k = alpha if kernel_alpha else 1.0
         n = [_neg_log_kernel(float(np.sqrt(((x[i] - x[j]) ** 2).sum())), kernel, kappa) for j in range(len(x))]
-        exponent = np.array([-k * n[j] - alpha * energies[j] for j in range(len(x))])
+        exponent = np.array([-k * n[j] - alpha * (energies[j] - energies.min()) for j in range(len(x))])
         if np.isneginf(exponent).all():
             means.append(x[i].copy())  # nobody within reach: it stays
             continue
