@@ -757,7 +757,6 @@ class CBO(Optimizer):
                 assert at_consensus is not None
                 drift_gate = gate(known, at_consensus, options["correction"], options["correction_eps"])
                 noise_gate = drift_gate if options["correction_on"] == "both" else torch.ones_like(drift_gate)
-                moves = moves & ((drift_gate > 0) | (noise_gate > 0))
             every = bool(moves.all())
 
             new = x

@@ -82,7 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hopping": dict(rule="hopping", sigma=0.7, sigma_decay=0.98),
     "adam": dict(rule="adam", lamda=0.1),
     "adam-partial": dict(rule="adam", lamda=0.1, particle_batch=4, update="partial"),
-    "polarised": dict(kernel="gaussian", kappa=1.5),
+    "polarised": dict(kernel="gaussian", kappa=1.5, alpha=2.0),  # a larger alpha would amplify rounding as well
     "polarised-const": dict(kernel="gaussian", kappa=1.5, kernel_alpha=False, alpha=0.1),
     "polarised-laplace": dict(kernel="laplace", kappa=2.0, alpha=0.1),
     "polarised-inverse": dict(kernel="inverse_quadratic", alpha=0.1),
