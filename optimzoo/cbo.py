@@ -805,7 +805,7 @@ class CBO(Optimizer):
                 *per_group,
                 drift_gate,
                 noise_gate,
-                options["noise"] == "isotropic",
+                torch.empty_like(weight) if options["noise"] == "isotropic" else None,
                 options["noise_clip"] or math.inf,
                 seed,
                 _draw(t, _NOISE),

@@ -75,10 +75,11 @@ def normal(out: Tensor, *, seed: int, draw: int, first: int = 0) -> Tensor:
         pairs = [(one >> 1, two >> 1, two & 1, 31) for one, two in (words[:2], words[2:])]
     columns = []
     for radius, angle, sign, bits in pairs:
-        # Box-Muller; half the circle comes from the angle and the other half from a sign.
-        scale = 0.5**bits
-        length = (-2 * ((radius.double() + 0.5) * scale).log()).sqrt() * (1 - 2 * sign)
-        turn = math.pi * ((angle.double() + 0.5) * scale - 0.5)
+        # Box-Muller; half the circle comes from the angle and the other half from a sign. Integers are rounded to the
+        # dtype of the result, as in C++, and what follows is exact.
+        u, turn = ((k.to(out.dtype) + 0.5).double() * 0.5**bits for k in (radius, angle - 2 ** (bits - 1)))
+        length = (-2 * u.log()).sqrt() * (1 - 2 * sign)
+        turn = math.pi * turn
         columns += [length * turn.cos(), length * turn.sin()]
     filled = torch.stack(columns, -1).flatten(-2)
     return out.copy_(filled[..., :coordinates])
