@@ -26,7 +26,7 @@ Column: TypeAlias = float | Tensor
 # Consensus
 
 
-def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Tensor] = lambda t, op: t) -> Tensor:
+def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Tensor] | None = None) -> Tensor:
     """softmax(-alpha energies) in float64; what is infinite weighs nothing, and if all is, all weights are zero.
 
     Args:
@@ -34,9 +34,14 @@ def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Ten
         alpha: shape (runs,).
         reduce: combines a tensor with those of other processes that hold other particles, by "min" or "sum".
     """
-    lowest = reduce(energies.amin(-1, keepdim=True), "min")
+    lowest = energies.amin(-1, keepdim=True)
+    if reduce is not None:
+        lowest = reduce(lowest, "min")
     # Shifted before it is scaled: at alpha |e| of 1e4 the digits of e would be gone.
-    weight = (-alpha[:, None] * (energies - lowest)).exp().nan_to_num(0.0)
+    exponent = (lowest - energies).mul_(alpha[:, None])
+    if reduce is None:
+        return exponent.softmax(-1).nan_to_num_(0.0)
+    weight = exponent.exp_().nan_to_num_(0.0)
     return weight / reduce(weight.sum(-1, keepdim=True), "sum").clamp_min(1.0)
 
 
@@ -702,9 +707,8 @@ class CBO(Optimizer):
             return random.normal(torch.empty_like(x), seed=seed, draw=_draw(t, purpose), first=first)
 
         index = self._batch()
-        turn = torch.ones(local, dtype=torch.bool, device=x.device)
+        turn = torch.full((local,), index is None, device=x.device)
         if index is not None:
-            turn = torch.zeros_like(turn)
             turn[index] = True
         plain = options["rule"] == "drift" and not (options["kernel"] or options["memory"] or options["grad_drift"])
         native = ops.native("cbo_", x.device) if plain and x.is_contiguous() else None
@@ -713,12 +717,11 @@ class CBO(Optimizer):
 
         with _Evaluation(self, closure, batched, random.integer(seed, _draw(t, _CLOSURE))) as evaluation:
             seen = self._energies(evaluation, x, index)
-            lowest, where = seen.min(-1)
-            lowest = self._reduce(lowest, "min")
+            lowest = self._reduce(seen.amin(-1), "min")
             improved = lowest < swarm["best_loss"]
             best = swarm["best"]
             if improved.any():
-                best = torch.where(improved[:, None], self._owned(seen, lowest, x, where), best)
+                best = torch.where(improved[:, None], self._owned(seen, lowest, x), best)
 
             points, energies = x, seen
             if options["memory"]:
@@ -728,13 +731,13 @@ class CBO(Optimizer):
                 points = torch.where((seen < energies)[..., None], x, points)
                 own_best, own_energies = points, torch.minimum(seen, energies)
                 energies = torch.where(turn, own_energies, math.inf)
-            alive = self._reduce(energies.amin(-1), "min") < math.inf
+            alive = (self._reduce(energies.amin(-1), "min") if options["memory"] else lowest) < math.inf
             all_alive = bool(alive.all())
 
             alpha = swarm["alpha"]
             if options["ess"] is not None:
                 alpha = effective_alpha(self._gathered(energies), options["ess"], alpha, options["alpha_max"])
-            weight = weights(energies, alpha, self._reduce)
+            weight = weights(energies, alpha, self._reduce if self._world > 1 else None)
             # The native step finds the consensus on its way, unless somebody wants to look at it before.
             one_pass = native is not None and all_alive and self._world == 1 and not wants_loss
             c = torch.empty_like(swarm["consensus"]) if one_pass else swarm["consensus"]
@@ -749,16 +752,16 @@ class CBO(Optimizer):
 
             loss = at_consensus = None
             drift_gate = noise_gate = None
-            moves = alive[:, None] & (turn if options["update"] == "partial" else torch.ones_like(turn))
+            everyone = index is None or options["update"] == "full"
+            every = everyone and all_alive
+            moves = alive[:, None] & (torch.ones_like(turn) if everyone else turn)
             if wants_loss:
                 loss = at_consensus = evaluation.losses(c[:, None], keep_buffers=True)[:, 0]
-            known = torch.where(turn, seen, swarm["energies"])
+            known = seen if index is None else torch.where(turn, seen, swarm["energies"])
             if options["correction"]:
                 assert at_consensus is not None
                 drift_gate = gate(known, at_consensus, options["correction"], options["correction_eps"])
                 noise_gate = drift_gate if options["correction_on"] == "both" else torch.ones_like(drift_gate)
-            every = bool(moves.all())
-
             new = x
             averages: dict[str, Tensor] = {}
             if native is None:
@@ -917,9 +920,9 @@ class CBO(Optimizer):
         every[:, swarm["first"] : swarm["first"] + energies.shape[1]] = energies
         return self._reduce(every, "min")
 
-    def _owned(self, seen: Tensor, lowest: Tensor, x: Tensor, where: Tensor) -> Tensor:
+    def _owned(self, seen: Tensor, lowest: Tensor, x: Tensor) -> Tensor:
         """The particle of the lowest energy of all ranks."""
-        runs = torch.arange(x.shape[0], device=x.device)
+        runs, where = torch.arange(x.shape[0], device=x.device), seen.argmin(-1)
         own = x[runs, where]
         if self._world == 1:
             return own
@@ -1064,7 +1067,7 @@ class _Evaluation:
             losses = torch.stack(rows).to(points.device).view(runs, count)
         if keep_buffers:
             self.after = [buffer.clone() for buffer in self.buffers]
-        return torch.where(losses.isfinite(), losses, math.inf)
+        return losses.nan_to_num(math.inf, math.inf, math.inf)
 
     def gradients(self, points: Tensor, moves: Tensor) -> Tensor:
         """The gradient of the loss at each point that moves, zero elsewhere."""
