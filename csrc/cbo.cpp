@@ -11,22 +11,27 @@
 
 namespace optimzoo {
 
-constexpr int64_t chunk = 512;         // coordinates
-constexpr int64_t max_blocks = 2 * chunk / 2 + 8;  // of random numbers that are made at once
+constexpr int64_t chunk = 512;       // coordinates
+constexpr int64_t max_blocks = 528;  // of random numbers that are made at once; more than a chunk needs
+constexpr int64_t lanes = 48;  // several vectors, whose operations overlap
+static_assert(max_blocks % lanes == 0 && max_blocks > chunk / 2 + 1);
 
-// Normal numbers for `count` counters, one behind the other.
+// Normal numbers for `count` counters, one behind the other. All are made by whole vectors: what a compiler makes of
+// the rest of a loop rounds in another way, and a number would depend on its neighbours.
 template <typename T>
 OZ_CLONES void fill(Source source, uint32_t run, int64_t count, const uint32_t* block, const uint32_t* particle,
                     T* out) {
-  alignas(64) uint32_t a[max_blocks], b[max_blocks], c[max_blocks], d[max_blocks];
-  OZ_IVDEP
-  for (int64_t i = 0; i < count; ++i) {
-    const Words words = source.words(block[i], particle[i], run);
-    a[i] = words.a, b[i] = words.b, c[i] = words.c, d[i] = words.d;
+  for (int64_t begin = 0; begin < count; begin += lanes) {
+    uint32_t a[lanes], b[lanes], c[lanes], d[lanes];
+    OZ_IVDEP
+    for (int64_t i = 0; i < lanes; ++i) {
+      const Words words = source.words(block[begin + i], particle[begin + i], run);
+      a[i] = words.a, b[i] = words.b, c[i] = words.c, d[i] = words.d;
+    }
+    OZ_IVDEP
+    for (int64_t i = 0; i < lanes; ++i)
+      normals(Words{a[i], b[i], c[i], d[i]}, out + normals_per_block<T> * (begin + i));
   }
-  OZ_IVDEP
-  for (int64_t i = 0; i < count; ++i)
-    normals(Words{a[i], b[i], c[i], d[i]}, out + normals_per_block<T> * i);
 }
 
 // The random numbers of coordinates [begin, end) for some particles; a row of them for each.
@@ -34,7 +39,7 @@ template <typename T>
 struct Noise {
   static constexpr int64_t per_block = normals_per_block<T>;
   int64_t first_block, blocks, rows_at_once;
-  alignas(64) uint32_t block[max_blocks], particle[max_blocks];
+  alignas(64) uint32_t block[max_blocks] = {}, particle[max_blocks] = {};
   alignas(64) T values[max_blocks * per_block];
 
   Noise(int64_t begin, int64_t end)

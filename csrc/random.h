@@ -61,13 +61,10 @@ OZ_FN T neg_two_log(T u) {
 #endif
 }
 
-// Cosine and sine for |x| <= pi/2, by their Taylor series.
+// Cosine and sine for |x| <= pi/2, by their Taylor series; on a device as well, whose own reduce large arguments in
+// local memory.
 template <typename T>
 OZ_FN void cos_sin(T x, T& cosine, T& sine) {
-#if defined(OZ_ON_DEVICE)
-  cosine = cos(x);
-  sine = sin(x);
-#else
   constexpr int terms = sizeof(T) == 4 ? 6 : 10;
   const T y = x * x;
   cosine = sine = 1;
@@ -77,7 +74,6 @@ OZ_FN void cos_sin(T x, T& cosine, T& sine) {
     sine = 1 - sine * (y * (1 / T(2 * k * (2 * k + 1))));
   }
   sine *= x;
-#endif
 }
 
 // Two normal numbers. Half the circle comes from the angle, the other half from a sign: -1 or 1.
