@@ -252,7 +252,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = dict(
     kernel=(None, "gaussian", "laplace", "inverse_quadratic", "bounded"),
 )
 _COUNTS = dict(n_particles=2, n_runs=1, particle_batch=2, patience=1)
-# What is one for all groups; the others are lr, lamda and sigma.
+# What each group has its own of, and what is one for all.
+_PER_GROUP = ("lr", "lamda", "sigma")
 _GLOBAL = ("seed", "alpha", "init_std", "betas", "correction_eps", "noise_clip", "lamda_memory", "sigma_memory",
            "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max", "sigma_decay", "ess", "kick_below",
            "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
@@ -544,10 +545,10 @@ class CBO(Optimizer):
             first = rank * (count // world) + min(rank, count % world)
             local = count // world + (rank < count % world)
             energies = torch.full((runs, local), math.inf, dtype=torch.float64, device=device)
-            runs_of = energies[:, 0].clone
+            worst = torch.full((runs,), math.inf, dtype=torch.float64, device=device)
             swarm.update(step=0, epoch=0, batches=0, since=0, first=first, count=count)
-            swarm.update(energies=energies, best_loss=runs_of(), consensus_loss=runs_of(), spread=runs_of())
-            swarm.update(alpha=torch.full_like(runs_of(), group["alpha"]))
+            swarm.update(energies=energies, best_loss=worst, consensus_loss=worst.clone(), spread=worst.clone())
+            swarm.update(alpha=torch.full_like(worst, group["alpha"]))
             swarm.update(waited=torch.zeros(runs, dtype=torch.int64, device=device))
             empty = torch.empty(runs, local, 0, dtype=dtype, device=device)
             swarm.update(particles=empty, consensus=empty[:, 0], best=empty[:, 0])
@@ -574,7 +575,7 @@ class CBO(Optimizer):
     def _views(self, rows: Tensor) -> list[Tensor]:
         """The parts of a tensor (..., coordinates) that belong to each parameter, in its shape."""
         parts = rows.split(self._sizes, -1)
-        return [part.view(*rows.shape[:-1], *p.shape) for part, p in zip(parts, self._params, strict=True)]
+        return [part.view((*rows.shape[:-1], *p.shape)) for part, p in zip(parts, self._params, strict=True)]
 
     @property
     def particles(self) -> list[Tensor]:
@@ -940,8 +941,8 @@ class CBO(Optimizer):
         self.__dict__.setdefault("module", None)
         self.__dict__.setdefault("process_group", None)
         for group in self.param_groups:  # a pickle of an older version lacks what has been added since
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in (*_PER_GROUP, *_GLOBAL):  # torch puts a setting of its own among the defaults
+                group.setdefault(name, self.defaults.get(name))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load particles, schedules and settings; a run that goes on equals one that was not interrupted, bit for bit.
@@ -987,7 +988,7 @@ class CBO(Optimizer):
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
             return state_dict  # torch has an error for this
         groups = [
-            {**{name: group[name] for name in self.defaults}, **saved_group}
+            {**{name: group[name] for name in (*_PER_GROUP, *_GLOBAL)}, **saved_group}
             for saved_group, group in zip(saved, own, strict=True)
         ]
         for merged, group in zip(groups, own, strict=True):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 def rastrigin(x: Tensor) -> Tensor:
     """sum(x^2 + 10 (1 - cos 2 pi x)): a parabola with a dent at every whole number."""
-    waves = (x * (2 * math.pi)).cos_().mul_(-10).addcmul_(x, x)
-    return waves.sum(-1) + 10 * x.shape[-1]
+    waves = (x * (2 * math.pi)).cos_().mul_(-10)
+    return torch.addcmul(waves, x, x).sum(-1) + 10 * x.shape[-1]
 
 
 def ackley(x: Tensor) -> Tensor:
