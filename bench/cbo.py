@@ -5,6 +5,7 @@ is printed as Markdown. ``python -m bench.cbo all --md`` wrote the tables of the
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -125,9 +126,7 @@ def speed(d: int, count: int, rounds: int = 9) -> Record:
             for _ in range(3):
                 step()
             times[name].append((time.process_time() - begin) / 3e-3)
-    ratios = {
-        name: [other / own for other, own in zip(times[name], times["optimzoo"], strict=True)] for name in steps
-    }
+    ratios = {name: [other / own for other, own in zip(times[name], times["optimzoo"], strict=True)] for name in steps}
     return dict(
         milliseconds={name: statistics.median(values) for name, values in times.items()},
         ratios={name: [min(values), statistics.median(values), max(values)] for name, values in ratios.items()},
@@ -326,9 +325,7 @@ def chunks(model: str) -> Record:
     names = [name for name, _ in net.named_parameters()]
 
     def loss(copy: list[Tensor]) -> Tensor:
-        return F.cross_entropy(
-            torch.func.functional_call(net, dict(zip(names, copy, strict=True)), (inputs,)), labels
-        )
+        return F.cross_entropy(torch.func.functional_call(net, dict(zip(names, copy, strict=True)), (inputs,)), labels)
 
     params = list(net.parameters())
     stacked = [torch.randn(1, 100, *param.shape) for param in params]
@@ -341,10 +338,8 @@ def chunks(model: str) -> Record:
                 F.cross_entropy(net(inputs), labels)
 
     ways: dict[str, Callable[[], Any]] = {"swap": swap}
-    for size in (2, 5, 10, 20, 50, 100):
-        ways[str(size)] = lambda closure=vmapped(loss, size): closure(stacked)
-    rule = vmapped(loss)
-    ways["rule"] = lambda: rule(stacked)
+    for name, size in {**{str(size): size for size in (2, 5, 10, 20, 50, 100)}, "rule": None}.items():
+        ways[name] = functools.partial(vmapped(loss, size), stacked)
     times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for _ in range(6):
@@ -485,9 +480,7 @@ def tables(results: Results) -> Iterator[str]:
     )
     yield "**Success in % on Rastrigin by sigma**"
     sweep = found("sigma")
-    by_library = {
-        name: [rate(record) for a, record in sweep if a["library"] == name] for name in ("optimzoo", "cbx")
-    }
+    by_library = {name: [rate(record) for a, record in sweep if a["library"] == name] for name in ("optimzoo", "cbx")}
     yield table(["library", *(f"{sigma:g}" for sigma in SIGMAS)], [[name, *row] for name, row in by_library.items()])
     yield "d = 20, N = 100, 2,000 steps, minimum at 1; otherwise as above."
     yield "**Time of a step, ms of processor time on one thread**"
@@ -518,9 +511,7 @@ def tables(results: Results) -> Iterator[str]:
     rows = []
     for name, settings in DIGITS.items():
         mine = [
-            r
-            for a, r in found("digits")
-            if r and {k: v for k, v in a.items() if k not in ("data", "seed")} == settings
+            r for a, r in found("digits") if r and {k: v for k, v in a.items() if k not in ("data", "seed")} == settings
         ]
         cost = f"{statistics.mean(r['seconds'] for r in mine):.0f}" if mine else ""
         rows.append(["digits, 64-10", name, spread_of([r["accuracy"] for r in mine]), cost])

@@ -13,7 +13,7 @@ namespace optimzoo {
 
 constexpr int64_t chunk = 512;       // coordinates
 constexpr int64_t max_blocks = 528;  // of random numbers that are made at once; more than a chunk needs
-constexpr int64_t lanes = 48;  // several vectors, whose operations overlap
+constexpr int64_t lanes = 48;        // several vectors, whose operations overlap
 static_assert(max_blocks % lanes == 0 && max_blocks > chunk / 2 + 1);
 
 // Normal numbers for `count` counters, one behind the other. All are made by whole vectors: what a compiler makes of
@@ -164,8 +164,8 @@ class Step {
     Noise<T> noise(begin, end);
     int64_t rows[max_blocks], waiting = 0;
     for (int64_t i = 0; i <= particles; ++i) {
-      const bool moves =
-          i < particles && (!call_.drift_gate || call_.drift_gate[offset + i] != 0 || call_.noise_gate[offset + i] != 0);
+      const bool moves = i < particles &&
+                         (!call_.drift_gate || call_.drift_gate[offset + i] != 0 || call_.noise_gate[offset + i] != 0);
       if (moves) rows[waiting++] = i;
       if (waiting == 0 || (i < particles && waiting < noise.rows_at_once)) continue;
       noise.make(call_.source, run, rows, waiting);

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(cbo_threads) norm_kernel(const CboParams p) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(cbo_threads) normal_kernel(T* out, int64_t rows, int64_t particles,
-                                                             int64_t coordinates, Source source) {
+__global__ void __launch_bounds__(cbo_threads)
+    normal_kernel(T* out, int64_t rows, int64_t particles, int64_t coordinates, Source source) {
   constexpr int width = normals_per_block<T>;
   const int64_t blocks = (coordinates + width - 1) / width;
   const int64_t index = int64_t(blockIdx.x) * cbo_threads + threadIdx.x, row = index / blocks, block = index % blocks;
@@ -104,9 +104,23 @@ __global__ void __launch_bounds__(cbo_threads) normal_kernel(T* out, int64_t row
 template <typename T>
 void run_cbo(const CboCall& call, cudaStream_t stream) {
   const Cube& cube = call.particles;
-  CboParams p = {cube.data,       call.consensus, call.weights,     call.drift_gate, call.noise_gate, call.norms,
-                 cube.particles,  cube.coordinates, 0,              0,               0,               0,
-                 call.clip,       call.source,    0,                true,            call.norms != nullptr};
+  CboParams p = {cube.data,
+                 call.consensus,
+                 call.weights,
+                 call.drift_gate,
+                 call.noise_gate,
+                 call.norms,
+                 cube.particles,
+                 cube.coordinates,
+                 0,
+                 0,
+                 0,
+                 0,
+                 call.clip,
+                 call.source,
+                 0,
+                 true,
+                 call.norms != nullptr};
   if (cube.runs * cube.particles * cube.coordinates == 0) return;
   const auto sweep = [&](bool weighs, bool moves) {
     p.weights = weighs ? call.weights : nullptr;

@@ -95,9 +95,8 @@ struct CboCall {
 
   // The stack's values are taken over one by one, in the schema's order.
   CboCall(StableIValue* stack, int32_t device_type)
-      : held{take(stack[0]),          take(stack[1]),          take_optional(stack[2]),
-             take(stack[3]),          take(stack[4]),          take(stack[5]),
-             take_optional(stack[6]), take_optional(stack[7]), take_optional(stack[8])},
+      : held{take(stack[0]), take(stack[1]),          take_optional(stack[2]), take(stack[3]),         take(stack[4]),
+             take(stack[5]), take_optional(stack[6]), take_optional(stack[7]), take_optional(stack[8])},
         particles("particles", held[0], device_type),
         clip(torch::stable::detail::to<double>(stack[9])),
         source(torch::stable::detail::to<int64_t>(stack[10]), torch::stable::detail::to<int64_t>(stack[11]),

@@ -1,11 +1,12 @@
 // The step on the CPU: all tensors of a call are one index space, split over the threads once, so that a thousand small
 // tensors cost one parallel region. Inner loops are plain; the compiler vectorises them for three levels of x86-64.
+#include "cpu.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <mutex>
 #include <unordered_map>
 
-#include "cpu.h"
 #include "fused.h"
 
 namespace optimzoo {

@@ -1,15 +1,11 @@
-"""CBO: consensus-based optimization (Pinnau et al., 2017; Riedl et al., 2023, https://arxiv.org/abs/2306.09778).
-
-The dynamics, the noise and the schedules are pure functions of particles, shape (runs, particles, coordinates), and
-energies, shape (runs, particles). The class below them is bookkeeping.
-"""
+"""CBO: consensus-based optimization (Pinnau et al., 2017; Riedl et al., 2023, https://arxiv.org/abs/2306.09778)."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,206 +13,30 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from optimzoo import ops, random
-from optimzoo.closure import check_loss, repeatable
+from optimzoo.closure import Evaluation
+from optimzoo.consensus import (
+    CLOSURE,
+    INIT,
+    KICK,
+    MEMORY_NOISE,
+    NOISE,
+    SURVIVORS,
+    Column,
+    adam_moved,
+    batch_indices,
+    critical_diffusion,
+    draw_of,
+    effective_alpha,
+    expected_log_ratio,
+    gate,
+    mean,
+    moved,
+    polarised_means,
+    spread,
+    survivors,
+    weights,
+)
 from optimzoo.optimizer import Group, _check_number, check_flags, warn
-
-Column: TypeAlias = float | Tensor
-"""A setting: a number, or a tensor over the coordinates where groups differ."""
-
-# Consensus
-
-
-def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Tensor] | None = None) -> Tensor:
-    """softmax(-alpha energies) in float64; what is infinite weighs nothing, and if all is, all weights are zero.
-
-    Args:
-        energies: float64, shape (runs, particles), not NaN.
-        alpha: shape (runs,).
-        reduce: combines a tensor with those of other processes that hold other particles, by "min" or "sum".
-    """
-    lowest = energies.amin(-1, keepdim=True)
-    if reduce is not None:
-        lowest = reduce(lowest, "min")
-    # Shifted before it is scaled: at alpha |e| of 1e4 the digits of e would be gone.
-    exponent = (lowest - energies).mul_(alpha[:, None])
-    if reduce is None:
-        return exponent.softmax(-1).nan_to_num_(0.0)
-    weight = exponent.exp_().nan_to_num_(0.0)
-    return weight / reduce(weight.sum(-1, keepdim=True), "sum").clamp_min(1.0)
-
-
-def mean(weight: Tensor, points: Tensor) -> Tensor:
-    """The weighted mean, shape (runs, coordinates); a point without weight may be infinite."""
-    counted = torch.where(weight[..., None] > 0, points, 0)
-    return (weight[..., None, :].to(points.dtype) @ counted).squeeze(-2)
-
-
-def polarised_means(
-    points: Tensor, energies: Tensor, alpha: Tensor, *, kernel: str, kappa: float, kernel_alpha: bool
-) -> Tensor:
-    """A mean for each particle, of those near it; a particle that nobody is near is its own."""
-    r = torch.linalg.vector_norm(points[:, :, None] - points[:, None], dim=-1).double()
-    if kernel == "gaussian":
-        distance = r.square() / (2 * kappa**2)
-    elif kernel == "laplace":
-        distance = r / kappa
-    elif kernel == "inverse_quadratic":
-        distance = (r.square() / kappa**2).log1p()
-    else:
-        distance = torch.where(r <= kappa, 0.0, math.inf)
-    factor = alpha[:, None, None]
-    shifted = energies - energies.amin(-1, keepdim=True)  # before it is scaled, as above
-    exponent = -(factor if kernel_alpha else 1) * distance - factor * shifted[:, None]
-    weight = exponent.softmax(-1).nan_to_num(0.0).to(points.dtype)
-    lonely = (weight == 0).all(-1, keepdim=True)
-    counted = torch.where(energies[..., None] < math.inf, points, 0)
-    return torch.where(lonely, points, weight @ counted)
-
-
-# Dynamics
-
-
-def gate(energies: Tensor, at_consensus: Tensor, correction: str, eps: float) -> Tensor:
-    """What share of a move is made: none by a particle that is better than the consensus, shape (runs,)."""
-    worse = energies - at_consensus[:, None]
-    if correction == "heaviside":
-        return (worse > 0).double()
-    return torch.where(energies == math.inf, 1.0, (1 + (worse / eps).tanh()) / 2)
-
-
-def shaken(difference: Tensor, z: Tensor, *, noise: str, clip: float | None) -> Tensor:
-    """Normal numbers times the distance, of each coordinate or of the whole particle, which ``clip`` truncates."""
-    if noise == "anisotropic":
-        return (difference if clip is None else difference.clamp(-clip, clip)) * z
-    norm = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-    return (norm if clip is None else norm.clamp_max(clip)) * z
-
-
-def moved(
-    points: Tensor,
-    towards: Tensor,
-    z: Tensor,
-    drift: Column,
-    diffusion: Column,
-    drift_gate: Tensor | None = None,
-    noise_gate: Tensor | None = None,
-    *,
-    noise: str,
-    clip: float | None,
-    seen_from: Tensor | None = None,
-) -> Tensor:
-    """One Euler-Maruyama step towards a point; ``seen_from`` are positions whose distances count instead."""
-    difference = (points if seen_from is None else seen_from) - towards
-    step, shake = drift * difference, diffusion * shaken(difference, z, noise=noise, clip=clip)
-    if drift_gate is not None:
-        step = step * drift_gate[..., None].to(step.dtype)
-    if noise_gate is not None:
-        shake = shake * noise_gate[..., None].to(shake.dtype)
-    return points - step + shake
-
-
-def adam_moved(
-    points: Tensor,
-    towards: Tensor,
-    z: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    lamda: Column,
-    diffusion: Column,
-    *,
-    betas: tuple[float, float],
-    step: int,
-    noise: str,
-    clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam's step along the distance; no learning rate on it, as in cbx. Returns points and both averages."""
-    difference = points - towards
-    exp_avg = exp_avg.lerp(difference, 1 - betas[0])
-    exp_avg_sq = exp_avg_sq.lerp(difference.square(), 1 - betas[1])
-    direction = exp_avg / (1 - betas[0] ** step) / ((exp_avg_sq / (1 - betas[1] ** step)).sqrt() + 1e-8)
-    points = points - lamda * direction + diffusion * shaken(difference, z, noise=noise, clip=clip)
-    return points, exp_avg, exp_avg_sq
-
-
-# Schedules
-
-
-def effective_alpha(energies: Tensor, share: float, alpha: Tensor, alpha_max: float) -> Tensor:
-    """The alpha at which the effective sample size is ``share`` of the particles; of equal ones, the alpha it was."""
-    finite = energies < math.inf
-    shifted = energies - energies.amin(-1, keepdim=True)
-    spread = torch.where(finite, shifted, 0.0).amax(-1)
-    low, high = (torch.log(bound / spread) for bound in (1e-9, 1e9))
-    for _ in range(60):
-        middle = (low + high) / 2
-        weight = torch.where(finite, (-middle.exp()[:, None] * shifted).exp(), 0.0)
-        large = weight.sum(-1).square() / weight.square().sum(-1) > share * finite.sum(-1)
-        low, high = torch.where(large, middle, low), torch.where(large, high, middle)
-    return torch.where(spread > 0, ((low + high) / 2).exp().clamp_max(alpha_max), alpha)
-
-
-def batch_indices(count: int, size: int, number: int, *, seed: int, since: int, leftover: str) -> Tensor:
-    """The particles of mini-batch ``number``: consecutive parts of a permutation that is drawn once per pass."""
-
-    def order(number_of_pass: int) -> Tensor:
-        return random.permutation(count, seed=seed, draw=_draw(since + number_of_pass, _ORDER))
-
-    if leftover == "drop":
-        number_of_pass, place = divmod(number, count // size)
-        return order(number_of_pass)[place * size : (place + 1) * size]
-    number_of_pass, place = divmod(number * size, count)
-    chosen = order(number_of_pass)[place : place + size]
-    if len(chosen) < size:
-        chosen = torch.cat([chosen, order(number_of_pass + 1)[: size - len(chosen)]])
-    return chosen.unique()
-
-
-def spread(points: Tensor) -> Tensor:
-    """The norm of the variances of the coordinates, float64, shape (runs,)."""
-    return torch.linalg.vector_norm(points.var(1, correction=0), dim=-1).double()
-
-
-def survivors(count: int, ratio: float, mu: float, size: int) -> int:
-    """How many particles stay when their spread has changed by a factor; whole mini-batches."""
-    factor = min(max(1 - mu + mu * ratio, 1 - mu), 1.0)
-    return min(count, math.ceil(factor * count / size) * size)
-
-
-def expected_log_ratio(drift: float, diffusion: float, dim: int = 1) -> float:
-    """By how much the log of the distance to a fixed consensus grows in a step, on average; contraction is below 0.
-
-    It is E log \\|(1 - drift) e + diffusion xi\\| for a unit vector e in ``dim`` dimensions and normal xi (``dim`` is 1
-    for anisotropic noise), half the expected log of a noncentral chi-square.
-    """
-    if diffusion == 0:
-        return math.log(abs(1 - drift)) if drift != 1 else -math.inf
-    half = ((1 - drift) / diffusion) ** 2 / 2  # of the noncentrality
-    if half > 500:
-        expected = dim + 2 * half  # two terms of the delta method
-        log_mean = math.log(expected) - (dim + 4 * half) / expected**2
-    else:
-        j = torch.arange(int(half + 12 * math.sqrt(half) + 40), dtype=torch.float64, device="cpu")
-        poisson = torch.exp(j * math.log(half) - half - torch.lgamma(j + 1)) if half > 0 else (j == 0).double()
-        log_mean = math.log(2) + float((poisson * torch.special.digamma(j + dim / 2)).sum())
-    return math.log(diffusion) + log_mean / 2
-
-
-def critical_diffusion(drift: float, dim: int = 1) -> float:
-    """The diffusion from which on particles spread: the zero of :func:`expected_log_ratio`; 0 where there is none."""
-    low, high = 0.0, 4.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected_log_ratio(drift, middle, dim) < 0 else (low, middle)
-    return low
-
-
-# Every step has eight draws of random numbers.
-_NOISE, _MEMORY_NOISE, _KICK, _ORDER, _INIT, _SURVIVORS, _CLOSURE = range(7)
-
-
-def _draw(step: int, purpose: int) -> int:
-    return (8 * step + purpose) % 2**32
-
 
 # What the settings may be: lower bound, upper bound (excluded), how to say it.
 _TINY = math.nextafter(0.0, 1.0)
@@ -257,6 +77,15 @@ _PER_GROUP = ("lr", "lamda", "sigma")
 _GLOBAL = ("seed", "alpha", "init_std", "betas", "correction_eps", "noise_clip", "lamda_memory", "sigma_memory",
            "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max", "sigma_decay", "ess", "kick_below",
            "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
+
+
+class Rates(NamedTuple):
+    """What a step does to the coordinates of each group."""
+
+    lr: list[float]
+    root: list[float]  # of lr
+    drift: list[float]
+    diffusion: list[float]
 
 
 class CBO(Optimizer):
@@ -532,7 +361,8 @@ class CBO(Optimizer):
     @property
     def _swarm(self) -> dict[str, Any]:
         """What all parameters share; it is the state of the first one, as in ``torch.optim.LBFGS``."""
-        return self.state[self._first]
+        swarm: dict[str, Any] = self.state[self._first]
+        return swarm
 
     def _grow(self, group: Group) -> None:
         """Make particles for the parameters of the last group."""
@@ -560,7 +390,7 @@ class CBO(Optimizer):
         center = torch.cat([param.detach().reshape(-1).to(dtype) for param in group["params"]])
         # All coordinates are drawn, so that it does not matter how they are split into groups.
         around = torch.empty(runs, local, old + len(center), dtype=dtype, device=device)
-        random.normal(around, seed=group["seed"], draw=_draw(swarm["step"], _INIT), first=swarm["first"])
+        random.normal(around, seed=group["seed"], draw=draw_of(swarm["step"], INIT), first=swarm["first"])
         around = center + group["init_std"] * around[..., old:]
         if swarm["first"] == 0:
             around[:, 0] = center
@@ -574,7 +404,7 @@ class CBO(Optimizer):
 
     def _views(self, rows: Tensor) -> list[Tensor]:
         """The parts of a tensor (..., coordinates) that belong to each parameter, in its shape."""
-        parts = rows.split(self._sizes, -1)
+        parts = torch.split(rows, self._sizes, -1)
         return [part.view((*rows.shape[:-1], *p.shape)) for part, p in zip(parts, self._params, strict=True)]
 
     @property
@@ -668,9 +498,7 @@ class CBO(Optimizer):
         count = survivors(swarm["count"], ratio, mu, size)
         swarm["spread"] = now
         if count < swarm["count"]:
-            order = random.permutation(
-                swarm["count"], seed=options["seed"], draw=_draw(swarm["step"], _SURVIVORS)
-            )
+            order = random.permutation(swarm["count"], seed=options["seed"], draw=draw_of(swarm["step"], SURVIVORS))
             keep = order[:count].sort().values.to(now.device)
             for name in ("particles", "energies", "memory", "memory_energies", "exp_avg", "exp_avg_sq"):
                 if name in swarm:
@@ -681,7 +509,9 @@ class CBO(Optimizer):
     # The step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | Callable[[list[Tensor]], Tensor] | None = None, *, batched: bool = False) -> Tensor:  # type: ignore[override]  # a closure is not optional
+    def step(  # type: ignore[override]  # a closure is not optional, and there are two kinds
+        self, closure: Callable[..., Any] | None = None, *, batched: bool = False
+    ) -> Tensor:
         """Evaluate the particles and move them; see the class.
 
         Args:
@@ -695,170 +525,93 @@ class CBO(Optimizer):
             raise RuntimeError("CBO needs a closure that returns the loss: optimizer.step(closure)")
         if batched and self.module is not None:
             raise ValueError("module is for closures that evaluate the live parameters, not for batched=True")
-        options, swarm = self.param_groups[0], self._swarm
-        x, t, seed, first = swarm["particles"], swarm["step"], options["seed"], swarm["first"]
-        runs, local, _ = x.shape
-        lrs = [float(group["lr"]) for group in self.param_groups]
-        sigmas = [group["sigma"] for group in self.param_groups]
-        roots = [math.sqrt(lr) for lr in lrs]
-        drifts = [group["lamda"] * lr for group, lr in zip(self.param_groups, lrs, strict=True)]
-        diffusions = [sigma * root for sigma, root in zip(sigmas, roots, strict=True)]
-
-        def z(purpose: int) -> Tensor:
-            return random.normal(torch.empty_like(x), seed=seed, draw=_draw(t, purpose), first=first)
-
+        options, swarm, rates = self.param_groups[0], self._swarm, self._rates()
+        x, t, old = swarm["particles"], swarm["step"], swarm["consensus"]
         index = self._batch()
-        turn = torch.full((local,), index is None, device=x.device)
-        if index is not None:
-            turn[index] = True
         plain = options["rule"] == "drift" and not (options["kernel"] or options["memory"] or options["grad_drift"])
         native = ops.native("cbo_", x.device) if plain and x.is_contiguous() else None
         wants_loss = bool(options["correction"] or options["evaluate_consensus"] or self.module is not None)
-        started = spread(x) if t == 0 and self._world == 1 else swarm["spread"]
+        seed = random.integer(options["seed"], draw_of(t, CLOSURE))
+        buffers = [] if self.module is None else list(self.module.buffers())
+        changes: dict[str, Any] = dict(step=t + 1, batches=swarm["batches"] + 1)
+        if t == 0 and self._world == 1:
+            changes.update(spread=spread(x))
 
-        with _Evaluation(self, closure, batched, random.integer(seed, _draw(t, _CLOSURE))) as evaluation:
+        with Evaluation(closure, self._params, self._views, batched, seed, buffers) as evaluation:
             seen = self._energies(evaluation, x, index)
-            lowest = self._reduce(seen.amin(-1), "min")
-            improved = lowest < swarm["best_loss"]
-            best = swarm["best"]
-            if improved.any():
-                best = torch.where(improved[:, None], self._owned(seen, lowest, x), best)
-
+            lowest, improved = self._compare(seen, changes)
+            changes.update(energies=_at(index, seen, swarm["energies"]))
             points, energies = x, seen
             if options["memory"]:
-                points, energies = swarm["memory"], swarm["memory_energies"]
-                if options["memory"] == "reevaluated" and t > 0:
-                    energies = torch.where(turn, self._energies(evaluation, points, index), energies)
-                points = torch.where((seen < energies)[..., None], x, points)
-                own_best, own_energies = points, torch.minimum(seen, energies)
-                energies = torch.where(turn, own_energies, math.inf)
+                points, energies = self._personal_bests(evaluation, seen, index)
+                changes.update(memory=points, memory_energies=energies)
+                energies = _at(index, energies, torch.full_like(energies, math.inf))
             alive = (self._reduce(energies.amin(-1), "min") if options["memory"] else lowest) < math.inf
-            all_alive = bool(alive.all())
+            every = bool(alive.all())
+            if not every:
+                warn(
+                    f"all losses of {int((~alive).sum())} of {len(alive)} runs are infinite or NaN: nothing moves there"
+                )
 
             alpha = swarm["alpha"]
             if options["ess"] is not None:
                 alpha = effective_alpha(self._gathered(energies), options["ess"], alpha, options["alpha_max"])
-            weight = weights(energies, alpha, self._reduce if self._world > 1 else None)
-            # The native step finds the consensus on its way, unless somebody wants to look at it before.
-            one_pass = native is not None and all_alive and self._world == 1 and not wants_loss
-            c = torch.empty_like(swarm["consensus"]) if one_pass else swarm["consensus"]
-            towards = c[:, None]
-            if options["kernel"]:
+            weight: Tensor | None = weights(energies, alpha, self._reduce if self._world > 1 else None)
+            if native is not None and every and self._world == 1 and not wants_loss:
+                c = torch.empty_like(old)  # the native step finds it on its way
+                towards = c[:, None]
+            elif options["kernel"]:
                 kernel = {name: options[name] for name in ("kernel", "kappa", "kernel_alpha")}
                 towards = polarised_means(x, energies, alpha, **kernel)
-                c = torch.where(alive[:, None], towards[torch.arange(runs), energies.argmin(-1)], c)
-            elif not one_pass:
-                c = torch.where(alive[:, None], self._reduce(mean(weight, points), "sum"), c)
-                towards = c[:, None]
+                c = torch.where(alive[:, None], towards[torch.arange(len(alive)), energies.argmin(-1)], old)
+            else:
+                assert weight is not None
+                c = torch.where(alive[:, None], self._reduce(mean(weight, points), "sum"), old)
+                towards, weight = c[:, None], None
 
-            loss = at_consensus = None
-            drift_gate = noise_gate = None
-            everyone = index is None or options["update"] == "full"
-            every = everyone and all_alive
-            moves = alive[:, None] & (torch.ones_like(turn) if everyone else turn)
+            loss, gates = lowest, None
             if wants_loss:
-                loss = at_consensus = evaluation.losses(c[:, None], keep_buffers=True)[:, 0]
-            known = seen if index is None else torch.where(turn, seen, swarm["energies"])
+                loss = evaluation.losses(c[:, None], keep_buffers=True)[:, 0]
+            changes.update(consensus=c, consensus_loss=loss if wants_loss else torch.full_like(lowest, math.inf))
             if options["correction"]:
-                assert at_consensus is not None
-                drift_gate = gate(known, at_consensus, options["correction"], options["correction_eps"])
-                noise_gate = drift_gate if options["correction_on"] == "both" else torch.ones_like(drift_gate)
-            new = x
-            averages: dict[str, Tensor] = {}
+                share = gate(changes["energies"], loss, options["correction"], options["correction_eps"])
+                gates = share, share if options["correction_on"] == "both" else torch.ones_like(share)
+            moves = None
+            if not every or (index is not None and options["update"] == "partial"):
+                turn = _at(index if options["update"] == "partial" else None, 1, torch.zeros_like(seen))
+                moves = alive[:, None] & (turn > 0)
             if native is None:
-                noise = dict(noise=options["noise"], clip=options["noise_clip"])
-                drift, diffusion = self._columns(drifts), self._columns(diffusions)
-                if options["rule"] == "hopping":
-                    new = towards + self._columns(sigmas) * z(_NOISE)
-                elif options["rule"] == "adam":
-                    lamda = self._columns([group["lamda"] for group in self.param_groups])
-                    old = swarm["exp_avg"], swarm["exp_avg_sq"]
-                    how = dict(betas=options["betas"], step=t + 1, **noise)
-                    new, *two = adam_moved(x, towards, z(_NOISE), *old, lamda, diffusion, **how)
-                    for name, average in zip(("exp_avg", "exp_avg_sq"), two, strict=True):
-                        averages[name] = torch.where(moves[..., None], average, swarm[name])
-                else:
-                    new = moved(x, towards, z(_NOISE), drift, diffusion, drift_gate, noise_gate, **noise)
-                if options["memory"]:
-                    relative, sigma_memory = options["lamda_memory"], options["sigma_memory"]
-                    if sigma_memory is None:
-                        second = self._columns([relative * diffusion for diffusion in diffusions])
-                    else:
-                        second = self._columns([sigma_memory * root for root in roots])
-                    seen_from = x if options["memory_order"] == "euler" else None
-                    first_drift = self._columns([relative * lr for lr in lrs])
-                    new = moved(new, own_best, z(_MEMORY_NOISE), first_drift, second, seen_from=seen_from, **noise)
-                if options["grad_drift"]:
-                    size = self._columns([options["grad_drift"] * lr for lr in lrs])
-                    new = new - size * evaluation.gradients(new, moves)
-                if not every:
-                    new = torch.where(moves[..., None], new, x)
+                new = self._moved(evaluation, rates, towards, gates, moves, changes)
 
         # Nothing fails from here on.
-        if native is not None:
-            if not every:
-                drift_gate = moves.double() if drift_gate is None else drift_gate * moves
-                noise_gate = moves.double() if noise_gate is None else noise_gate * moves
-            ends = torch.tensor(self._ends, device="cpu")
-            per_group = (torch.tensor(value, dtype=torch.float64, device="cpu") for value in (drifts, diffusions))
-            native(
-                x,
-                c,
-                weight if one_pass else None,
-                ends,
-                *per_group,
-                drift_gate,
-                noise_gate,
-                torch.empty_like(weight) if options["noise"] == "isotropic" else None,
-                options["noise_clip"] or math.inf,
-                seed,
-                _draw(t, _NOISE),
-                first,
-            )
-        else:
+        if native is None:
             x.copy_(new)
-
-        waited = torch.where(improved, 0, swarm["waited"] + 1)
-        if options["kick_below"] is not None and t > 0:
-            still = alive & ((c - swarm["consensus"]).abs().amax(-1) < options["kick_below"])
-            if still.any():
-                x += still[:, None, None] * (self._columns(diffusions) * z(_KICK))
-        if options["patience"] is not None:
-            stuck = alive & (waited >= options["patience"])
-            if stuck.any():
-                x += stuck[:, None, None] * (self._columns([0.1 * root for root in roots]) * z(_KICK))
-                waited = torch.where(stuck, 0, waited)
+        else:
+            self._move_natively(native, rates, c, weight, gates, moves)
+        self._kick(rates, alive, improved, changes)
         if options["bounds"] is not None:
             x.clamp_(*options["bounds"])
-
-        if loss is None:
-            loss = lowest
-        if not all_alive:
-            warn(f"all losses of {int((~alive).sum())} of {runs} runs are infinite or NaN: their particles stay")
-            loss = torch.where(alive, loss, math.inf)
-        if options["memory"]:
-            swarm.update(memory=own_best, memory_energies=own_energies)
         if options["alpha_growth"] != 1:
             alpha = torch.where(alive, (alpha * options["alpha_growth"]).clamp_max(options["alpha_max"]), alpha)
         if options["sigma_decay"] != 1 and alive.any():
             for group in self.param_groups:
                 group["sigma"] *= options["sigma_decay"]
-        swarm.update(
-            step=t + 1,
-            batches=swarm["batches"] + 1,
-            spread=started,
-            alpha=alpha,
-            energies=known,
-            best=best,
-            best_loss=torch.minimum(lowest, swarm["best_loss"]),
-            consensus=c,
-            consensus_loss=torch.full_like(lowest, math.inf) if at_consensus is None else at_consensus,
-            waited=waited,
-            **averages,
-        )
-        self._write(c[int(swarm["best_loss"].argmin()) if runs > 1 else 0])
+        swarm.update(changes, alpha=alpha)
+        self._write(c[int(swarm["best_loss"].argmin()) if len(alive) > 1 else 0])
         evaluation.commit()
-        return loss if runs > 1 else loss[0]
+        loss = loss if every else torch.where(alive, loss, math.inf)
+        return loss if len(alive) > 1 else loss[0]
+
+    def _rates(self) -> Rates:
+        groups = self.param_groups
+        for group in groups:  # a scheduler may have changed them
+            _check_number("lr", group["lr"], *_ANY)
+            _check_number("sigma", group["sigma"], *_ANY)
+        lr = [float(group["lr"]) for group in groups]
+        root = [math.sqrt(value) for value in lr]
+        drift = [group["lamda"] * value for group, value in zip(groups, lr, strict=True)]
+        diffusion = [group["sigma"] * value for group, value in zip(groups, root, strict=True)]
+        return Rates(lr, root, drift, diffusion)
 
     def _batch(self) -> Tensor | None:
         """Which of the particles here this step evaluates; ``None`` is all."""
@@ -867,17 +620,120 @@ class CBO(Optimizer):
         if size is None or size >= swarm["count"]:
             return None
         how = dict(seed=options["seed"], since=swarm["since"], leftover=options["leftover"])
-        chosen = batch_indices(swarm["count"], size, swarm["batches"], **how).sort().values - first
-        here = (chosen >= 0) & (chosen < swarm["particles"].shape[1])
-        return chosen[here].to(self._first.device)
+        chosen: Tensor = batch_indices(swarm["count"], size, swarm["batches"], **how).sort().values - first
+        local: int = swarm["particles"].shape[1]
+        return chosen[(chosen >= 0) & (chosen < local)].to(self._first.device)
 
-    def _energies(self, evaluation: _Evaluation, points: Tensor, index: Tensor | None) -> Tensor:
+    def _energies(self, evaluation: Evaluation, points: Tensor, index: Tensor | None) -> Tensor:
         """Losses, infinite where there is none or it is not finite."""
         if index is None:
             return evaluation.losses(points)
         energies = torch.full(points.shape[:2], math.inf, dtype=torch.float64, device=points.device)
         energies[:, index] = evaluation.losses(points[:, index])
         return energies
+
+    def _compare(self, seen: Tensor, changes: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The lowest energy of each run, and whether it is the lowest so far."""
+        swarm = self._swarm
+        lowest = self._reduce(seen.amin(-1), "min")
+        improved = lowest < swarm["best_loss"]
+        if improved.any():
+            best = torch.where(improved[:, None], self._owned(seen, lowest), swarm["best"])
+            changes.update(best=best, best_loss=torch.minimum(lowest, swarm["best_loss"]))
+        return lowest, improved
+
+    def _personal_bests(self, evaluation: Evaluation, seen: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where each particle was best, and the energy there."""
+        swarm = self._swarm
+        points, energies = swarm["memory"], swarm["memory_energies"]
+        if self.param_groups[0]["memory"] == "reevaluated" and swarm["step"] > 0:
+            energies = _at(index, self._energies(evaluation, points, index), energies)
+        points = torch.where((seen < energies)[..., None], swarm["particles"], points)
+        return points, torch.minimum(seen, energies)
+
+    def _noise(self, purpose: int) -> Tensor:
+        swarm = self._swarm
+        draw = draw_of(swarm["step"], purpose)
+        out = torch.empty_like(swarm["particles"])
+        return random.normal(out, seed=self.param_groups[0]["seed"], draw=draw, first=swarm["first"])
+
+    def _moved(
+        self,
+        evaluation: Evaluation,
+        rates: Rates,
+        towards: Tensor,
+        gates: tuple[Tensor, Tensor] | None,
+        moves: Tensor | None,
+        changes: dict[str, Any],
+    ) -> Tensor:
+        """Where the particles go, by any of the rules."""
+        options, swarm = self.param_groups[0], self._swarm
+        x = swarm["particles"]
+        noise = dict(noise=options["noise"], clip=options["noise_clip"])
+        diffusion = self._columns(rates.diffusion)
+        if options["rule"] == "hopping":
+            new = towards + self._columns([group["sigma"] for group in self.param_groups]) * self._noise(NOISE)
+        elif options["rule"] == "adam":
+            lamda = self._columns([group["lamda"] for group in self.param_groups])
+            how = dict(betas=options["betas"], step=swarm["step"] + 1, **noise)
+            old = swarm["exp_avg"], swarm["exp_avg_sq"]
+            new, *averages = adam_moved(x, towards, self._noise(NOISE), *old, lamda, diffusion, **how)
+            if moves is not None:
+                averages = [torch.where(moves[..., None], *pair) for pair in zip(averages, old, strict=True)]
+            changes.update(exp_avg=averages[0], exp_avg_sq=averages[1])
+        else:
+            new = moved(x, towards, self._noise(NOISE), self._columns(rates.drift), diffusion, gates, **noise)
+        if options["memory"]:
+            scale, sigma = options["lamda_memory"], options["sigma_memory"]
+            drift = self._columns([scale * lr for lr in rates.lr])
+            own = [scale * value for value in rates.diffusion] if sigma is None else [sigma * r for r in rates.root]
+            seen_from = x if options["memory_order"] == "euler" else None
+            z = self._noise(MEMORY_NOISE)
+            new = moved(new, changes["memory"], z, drift, self._columns(own), seen_from=seen_from, **noise)
+        if options["grad_drift"]:
+            size = self._columns([options["grad_drift"] * lr for lr in rates.lr])
+            new = new - size * evaluation.gradients(new, moves)
+        return new if moves is None else torch.where(moves[..., None], new, x)
+
+    def _move_natively(
+        self,
+        native: Callable[..., None],
+        rates: Rates,
+        c: Tensor,
+        weight: Tensor | None,
+        gates: tuple[Tensor, Tensor] | None,
+        moves: Tensor | None,
+    ) -> None:
+        """Plain drift and noise, in place; finds the consensus as well where weights are given."""
+        options, swarm = self.param_groups[0], self._swarm
+        x = swarm["particles"]
+        if moves is not None:
+            gates = (moves.double(),) * 2 if gates is None else (gates[0] * moves, gates[1] * moves)
+        norms = None
+        if options["noise"] == "isotropic":
+            norms = torch.empty(x.shape[:2], dtype=torch.float64, device=x.device)
+        per_group = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (rates.drift, rates.diffusion)]
+        place = options["seed"], draw_of(swarm["step"], NOISE), swarm["first"]
+        clip = math.inf if options["noise_clip"] is None else options["noise_clip"]
+        ends = torch.tensor(self._ends, device="cpu")
+        native(x, c, weight, ends, *per_group, *(gates or (None, None)), norms, clip, *place)
+
+    def _kick(self, rates: Rates, alive: Tensor, improved: Tensor, changes: dict[str, Any]) -> None:
+        """Shake all particles of runs that have come to rest, or have waited for too long."""
+        options, swarm = self.param_groups[0], self._swarm
+        x = swarm["particles"]
+        waited = torch.where(improved, 0, swarm["waited"] + 1)
+        if options["kick_below"] is not None and swarm["step"] > 0:
+            way = (changes["consensus"] - swarm["consensus"]).abs().amax(-1)
+            still = alive & (way < options["kick_below"])
+            if still.any():
+                x += still[:, None, None] * (self._columns(rates.diffusion) * self._noise(KICK))
+        if options["patience"] is not None:
+            stuck = alive & (waited >= options["patience"])
+            if stuck.any():
+                x += stuck[:, None, None] * (self._columns([0.1 * r for r in rates.root]) * self._noise(KICK))
+                waited = torch.where(stuck, 0, waited)
+        changes.update(waited=waited)
 
     @property
     def _ends(self) -> list[int]:
@@ -921,10 +777,11 @@ class CBO(Optimizer):
         every[:, swarm["first"] : swarm["first"] + energies.shape[1]] = energies
         return self._reduce(every, "min")
 
-    def _owned(self, seen: Tensor, lowest: Tensor, x: Tensor) -> Tensor:
+    def _owned(self, seen: Tensor, lowest: Tensor) -> Tensor:
         """The particle of the lowest energy of all ranks."""
+        x = self._swarm["particles"]
         runs, where = torch.arange(x.shape[0], device=x.device), seen.argmin(-1)
-        own = x[runs, where]
+        own: Tensor = x[runs, where]
         if self._world == 1:
             return own
         has = seen[runs, where] == lowest
@@ -1010,6 +867,14 @@ class CBO(Optimizer):
         return {**state_dict, "param_groups": groups}
 
 
+def _at(index: Tensor | None, new: Any, old: Tensor) -> Tensor:
+    """``new`` in the columns of ``index``, ``old`` elsewhere; ``None`` is everywhere."""
+    turn = torch.full(old.shape[1:2], index is None, device=old.device)
+    if index is not None:
+        turn[index] = True
+    return torch.where(turn, new, old)
+
+
 _POINTS = ("particles", "consensus", "best", "memory", "exp_avg", "exp_avg_sq")
 _SHARED = ("particles", "consensus", "best", "energies", "best_loss", "consensus_loss", "spread", "alpha", "waited",
            "step", "epoch", "batches", "since", "first", "count")  # fmt: skip
@@ -1020,104 +885,3 @@ def _check_uniform(groups: Sequence[Group]) -> None:
         for name in _GLOBAL:
             if group[name] != groups[0][name]:
                 raise ValueError(f"{name} is one for all groups, got {groups[0][name]!r} and {group[name]!r}")
-
-
-class _Evaluation:
-    """The closure of one step; while it runs, parameters, buffers and torch's generators are its to use.
-
-    They come back at the end, whatever happens.
-    """
-
-    def __init__(self, optimizer: CBO, closure: Callable[..., Any], batched: bool, seed: int) -> None:
-        self.optimizer, self.closure, self.batched, self.seed = optimizer, closure, batched, seed
-        self.params = optimizer._params
-        self.kept = [] if batched else [param.detach().clone() for param in self.params]
-        self.buffers = list(optimizer.module.buffers()) if optimizer.module is not None else []
-        self.clean = [buffer.clone() for buffer in self.buffers]
-        self.after = self.clean
-        self.watched = not batched
-
-    def __enter__(self) -> _Evaluation:
-        self.stack = contextlib.ExitStack()
-        self.reseed = self.stack.enter_context(repeatable(self.params[0].device))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-        if self.kept:
-            torch._foreach_copy_(self.params, self.kept)
-        self._restore(self.clean)
-
-    def commit(self) -> None:
-        """Leave the buffers as the consensus left them."""
-        self._restore(self.after)
-
-    def _restore(self, values: list[Tensor]) -> None:
-        for buffer, value in zip(self.buffers, values, strict=True):
-            buffer.copy_(value)
-
-    def losses(self, points: Tensor, keep_buffers: bool = False) -> Tensor:
-        """Float64 losses of points (runs, n, coordinates), infinite where they are not finite."""
-        runs, count, _ = points.shape
-        if count == 0:  # a process that no particle of a mini-batch belongs to
-            return torch.empty(runs, 0, dtype=torch.float64, device=points.device)
-        if self.batched:
-            losses = check_loss(self._call(self.optimizer._views(points)), (runs, count)).to(points.device)
-        else:
-            rows = [self._one(points[run, i]) for run in range(runs) for i in range(count)]
-            losses = torch.stack(rows).to(points.device).view(runs, count)
-        if keep_buffers:
-            self.after = [buffer.clone() for buffer in self.buffers]
-        return losses.nan_to_num(math.inf, math.inf, math.inf)
-
-    def gradients(self, points: Tensor, moves: Tensor) -> Tensor:
-        """The gradient of the loss at each point that moves, zero elsewhere."""
-        if self.batched:
-            leaf = points.detach().clone().requires_grad_()
-            with torch.enable_grad():
-                losses = check_loss(self._call(self.optimizer._views(leaf)), tuple(points.shape[:2]))
-                _check_graph(losses)
-                (result,) = torch.autograd.grad(losses.sum(), leaf)
-            return result * moves[..., None]
-        result = torch.zeros_like(points)
-        for run, i in moves.nonzero().tolist():
-            self.optimizer._write(points[run, i])
-            self._restore(self.clean)
-            with torch.enable_grad():
-                loss = check_loss(self._call())
-                _check_graph(loss)
-                grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
-            result[run, i] = torch.cat([grad.reshape(-1).to(points.dtype) for grad in grads])
-        return result
-
-    def _one(self, row: Tensor) -> Tensor:
-        self.optimizer._write(row)
-        self._restore(self.clean)
-        if not self.watched:
-            return check_loss(self._call()).detach()
-        self.watched = False
-        before = [_version(param.grad) for param in self.params]
-        loss = check_loss(self._call()).detach()
-        if any(param.grad is not None and _version(param.grad) != b for param, b in zip(self.params, before, strict=True)):
-            raise RuntimeError("the closure called backward(): CBO needs no gradients; return the loss alone")
-        return loss
-
-    def _call(self, *args: Any) -> Any:
-        self.reseed(self.seed)
-        try:
-            return self.closure(*args)
-        except RuntimeError as error:
-            if "does not require grad" in str(error):
-                raise RuntimeError(
-                    "the closure called backward(): CBO needs no gradients; remove the call and return the loss alone"
-                ) from error
-            raise
-
-
-def _check_graph(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise RuntimeError("grad_drift needs a closure whose loss autograd can follow; this one has no graph")
-
-
-def _version(grad: Tensor | None) -> tuple[int, int] | None:
-    return None if grad is None else (id(grad), grad._version)

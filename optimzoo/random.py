@@ -15,7 +15,7 @@ from torch import Tensor
 from optimzoo import ops
 
 Word = TypeVar("Word", int, Tensor)
-"""32 bits, or an int64 tensor of such: tensors wrap at 64 bits where numbers do not, and the low 64 are all it takes."""
+"""32 bits, or an int64 tensor of such; that products of tensors wrap at 64 bits makes no difference."""
 
 _LOW = 0xFFFFFFFF
 

@@ -7,7 +7,7 @@ import torch
 from test_cbo import batched, live, parameters
 
 import optimzoo
-from optimzoo import cbo
+from optimzoo import consensus
 
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
@@ -37,10 +37,7 @@ def train(settings, closures, group=None):
     params = parameters()
     optimizer = optimzoo.CBO(params, N, seed=3, process_group=group, **settings)
     for _ in range(STEPS):
-        if closures == "live":
-            loss = optimizer.step(live(params))
-        else:
-            loss = optimizer.step(batched, batched=True)
+        loss = optimizer.step(live(params)) if closures == "live" else optimizer.step(batched, batched=True)
     return optimizer, loss
 
 
@@ -96,6 +93,6 @@ def test_weights_of_shards_are_those_of_the_whole():
             return lowest if op == "min" else (-alpha[:, None] * (energies - lowest)).exp().sum(-1, keepdim=True)
 
         first = 0 if mine is shards[0] else 2
-        expected = cbo.weights(energies, alpha)[:, first : first + mine.shape[1]]
-        torch.testing.assert_close(cbo.weights(mine, alpha, reduce), expected, rtol=1e-14, atol=0)
+        expected = consensus.weights(energies, alpha)[:, first : first + mine.shape[1]]
+        torch.testing.assert_close(consensus.weights(mine, alpha, reduce), expected, rtol=1e-14, atol=0)
         assert seen == ["min", "sum"]

@@ -229,9 +229,9 @@ def step(
             new[i] = new[i] - grad_drift * lr * gradient(new[i])
 
     state["waited"] = 0 if improved else state["waited"] + 1
-    if kick_below is not None and state["consensus"] is not None:
-        if np.abs(c - state["consensus"]).max() < kick_below:
-            new += sigma * np.sqrt(lr) * z["kick"]
+    way = math.inf if state["consensus"] is None else np.abs(c - state["consensus"]).max()
+    if kick_below is not None and way < kick_below:
+        new += sigma * np.sqrt(lr) * z["kick"]
     if patience is not None and state["waited"] >= patience:
         new += 0.1 * np.sqrt(lr) * z["kick"]
         state["waited"] = 0
