@@ -173,7 +173,7 @@ def batch_indices(count: int, size: int, number: int, *, seed: int, since: int, 
     chosen = order(number_of_pass)[place : place + size]
     if len(chosen) < size:
         chosen = torch.cat([chosen, order(number_of_pass + 1)[: size - len(chosen)]])
-    distinct: Tensor = torch.unique(chosen)  # type: ignore[no-untyped-call]  # untyped in torch 2.14
+    distinct: Tensor = torch.unique(chosen)
     return distinct
 
 
