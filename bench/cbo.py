@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import optimzoo
-from bench.methods import package_version
 from bench.run import environment
 from bench.store import canonical
 from bench.tasks import DATA, fm14
@@ -298,12 +298,17 @@ def network(
     return dict(accuracy=accuracy, seconds=time.process_time() - begin)
 
 
-def with_gradients(data: str, epochs: int, seed: int) -> Record:
-    """The same network, trained by Adam."""
+def with_gradients(data: str, epochs: int, seed: int, plain: bool) -> Record:
+    """The same network trained by Adam; or its dense layer alone, which has no output that can die."""
     torch.set_num_threads(1)
     begin = time.process_time()
     x, y, test_x, test_y = load(data, seed)
     shapes, logits = shallow(x.shape[1])
+    if plain:
+
+        def logits(params: list[Tensor], inputs: Tensor) -> Tensor:
+            return F.linear(inputs, *params)
+
     draw = torch.Generator().manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
     optimizer = torch.optim.Adam(params, lr=0.01)
@@ -422,8 +427,9 @@ def cells(experiment: str) -> Iterator[Cell]:
             yield experiment, network, dict(data="fm14", seed=seed, epochs=20)
     elif experiment == "gradients":
         for data, seeds in (("digits", 5), ("fm14", 3)):
-            for seed in range(seeds):
-                yield experiment, with_gradients, dict(data=data, seed=seed, epochs=20)
+            for plain in (False, True):
+                for seed in range(seeds):
+                    yield experiment, with_gradients, dict(data=data, seed=seed, epochs=20, plain=plain)
     elif experiment == "chunks":
         for model in ("784-10", "784-128-10", "CNN 8c5-16c5"):
             yield experiment, chunks, dict(model=model)
@@ -512,7 +518,8 @@ def tables(results: Results) -> Iterator[str]:
     for arguments, record in found("speed"):
         if record:
             ms, ratios = record["milliseconds"], record["ratios"]
-            rows.append([str(arguments["d"]), *(f"{ms[name]:.2f}" for name in ms)])
+            names = ("optimzoo", "cbx", "cbx, our function", "our function alone")
+            rows.append([str(arguments["d"]), *(f"{ms[name]:.2f}" for name in names)])
             rows[-1] += ["{1:.1f} [{0:.1f}, {2:.1f}]".format(*ratios[name]) for name in ("cbx", "cbx, our function")]
     yield table(
         ["d", "optimzoo", "cbx", "cbx, our function", "our function alone", "cbx / optimzoo", "the same, our function"],
@@ -539,12 +546,16 @@ def tables(results: Results) -> Iterator[str]:
         ]
         cost = f"{statistics.mean(r['seconds'] for r in mine):.0f}" if mine else ""
         rows.append(["digits, 64-10", name, spread_of([r["accuracy"] for r in mine]), cost])
-    adam = {d: [r for a, r in found("gradients") if r and a["data"] == d] for d in ("digits", "fm14")}
+    adam: dict[Any, list[Record]] = {}
+    for arguments, record in found("gradients"):
+        adam.setdefault((arguments["data"], arguments["plain"]), []).extend([record] if record else [])
     images, garments = [r for _, r in found("images") if r], "Fashion-MNIST 14 x 14, 196-10"
     for data, what, runs in (
-        ("digits, 64-10", "Adam, 20 epochs", adam["digits"]),
+        ("digits, 64-10", "Adam, 20 epochs", adam["digits", False]),
+        ("digits, 64-10", "Adam, 20 epochs, dense layer alone", adam["digits", True]),
         (garments, "20 epochs", images),
-        (garments, "Adam, 20 epochs", adam["fm14"]),
+        (garments, "Adam, 20 epochs", adam["fm14", False]),
+        (garments, "Adam, 20 epochs, dense layer alone", adam["fm14", True]),
     ):
         cost = f"{statistics.mean(r['seconds'] for r in runs):.1f}" if runs else ""
         rows.append([data, what, spread_of([r["accuracy"] for r in runs]), cost])
@@ -552,7 +563,7 @@ def tables(results: Results) -> Iterator[str]:
     yield "**Evaluating 100 particles of a network, ms, by how many vmap takes at once**"
     measured = [(a, r) for a, r in found("chunks") if r]
     if measured:
-        names = list(measured[0][1]["milliseconds"])
+        names = ["swap", "2", "5", "10", "20", "50", "100", "rule"]
         yield table(
             ["network", "results of one copy", *names],
             [
@@ -592,7 +603,7 @@ def main(argv: list[str] | None = None) -> int:
         where = environment()
         print(
             f"\n{where['cpu']}, {os.cpu_count()} cores of a shared machine; torch {torch.__version__}, optimzoo"
-            f" {optimzoo.__version__}, cbx {package_version('cbx')}. Command: `python -m bench.cbo all --md`."
+            f" {optimzoo.__version__}, cbx {version('cbx')}. Command: `python -m bench.cbo all --md`."
         )
     return 0
 

@@ -10,21 +10,23 @@ struct Words {
 };
 
 OZ_FN Words philox(Words counter, uint32_t key0, uint32_t key1) {
-  auto [a, b, c, d] = counter;
+#if defined(OZ_ON_DEVICE)
+  using Word = uint32_t;
+#else
+  using Word = uint64_t;  // a lane of the product: GCC 12 would pack and unpack halves in each round
+#endif
+  Word a = counter.a, b = counter.b, c = counter.c, d = counter.d;
   OZ_UNROLL
   for (int round = 0; round < 10; ++round) {
-    // Low and high halves apart: as one 64-bit product GCC 12 makes a multiplication of three instructions of it.
-    const uint32_t one = a * 0xD2511F53u, two = c * 0xCD9E8D57u;
-    const uint32_t one_high = uint32_t((uint64_t(a) * 0xD2511F53u) >> 32);
-    const uint32_t two_high = uint32_t((uint64_t(c) * 0xCD9E8D57u) >> 32);
-    a = two_high ^ b ^ key0;
-    c = one_high ^ d ^ key1;
-    b = two;
-    d = one;
+    const uint64_t one = uint64_t(a) * 0xD2511F53u, two = uint64_t(c) * 0xCD9E8D57u;
+    a = Word(two >> 32) ^ b ^ key0;
+    c = Word(one >> 32) ^ d ^ key1;
+    b = Word(two & 0xFFFFFFFFu);
+    d = Word(one & 0xFFFFFFFFu);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return {a, b, c, d};
+  return {uint32_t(a), uint32_t(b), uint32_t(c), uint32_t(d)};
 }
 
 // -2 log(u) for u in (0, 1]; nothing but multiply-adds and one division, which a compiler vectorises.
@@ -61,17 +63,28 @@ OZ_FN T neg_two_log(T u) {
 #endif
 }
 
+template <typename T, int size>
+struct InverseFactorials {
+  T values[size] = {};
+  constexpr InverseFactorials() {
+    double value = 1;
+    for (int n = 0; n < size; value /= ++n) values[n] = static_cast<T>(value);
+  }
+};
+
 // Cosine and sine for |x| <= pi/2, by their Taylor series; on a device as well, whose own reduce large arguments in
 // local memory.
 template <typename T>
 OZ_FN void cos_sin(T x, T& cosine, T& sine) {
   constexpr int terms = sizeof(T) == 4 ? 6 : 10;
-  const T y = x * x;
-  cosine = sine = 1;
+  const T y = -x * x;
+  constexpr InverseFactorials<T, 2 * terms + 2> inverse;
+  cosine = inverse.values[2 * terms];
+  sine = inverse.values[2 * terms + 1];
   OZ_UNROLL
-  for (int k = terms; k >= 1; --k) {
-    cosine = 1 - cosine * (y * (1 / T((2 * k - 1) * (2 * k))));
-    sine = 1 - sine * (y * (1 / T(2 * k * (2 * k + 1))));
+  for (int k = terms - 1; k >= 0; --k) {
+    cosine = cosine * y + inverse.values[2 * k];
+    sine = sine * y + inverse.values[2 * k + 1];
   }
   sine *= x;
 }

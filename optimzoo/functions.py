@@ -12,8 +12,9 @@ from torch import Tensor
 
 def rastrigin(x: Tensor) -> Tensor:
     """sum(x^2 + 10 (1 - cos 2 pi x)): a parabola with a dent at every whole number."""
-    waves = (x * (2 * math.pi)).cos_().mul_(-10)
-    return torch.addcmul(waves, x, x).sum(-1) + 10 * x.shape[-1]
+    waves = (x * (2 * math.pi)).cos_().sum(-1)
+    squares: Tensor = torch.linalg.vecdot(x, x)
+    return squares - 10 * waves + 10 * x.shape[-1]
 
 
 def ackley(x: Tensor) -> Tensor:
