@@ -563,7 +563,9 @@ class CBO(Optimizer):
             elif options["kernel"]:
                 kernel = {name: options[name] for name in ("kernel", "kappa", "kernel_alpha")}
                 towards = polarised_means(x, energies, alpha, **kernel)
-                c = torch.where(alive[:, None], towards[torch.arange(len(alive)), energies.argmin(-1)], old)
+                c = torch.where(
+                    alive[:, None], towards[torch.arange(len(alive), device=x.device), energies.argmin(-1)], old
+                )
             else:
                 assert weight is not None
                 c = torch.where(alive[:, None], self._reduce(mean(weight, points), "sum"), old)

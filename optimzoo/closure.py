@@ -77,6 +77,8 @@ def vmapped(
             every = torch.func.vmap(loss, randomness="same", chunk_size=min(chunk_size, copies))
             return every(flat).reshape(lead)
         except RuntimeError as error:
+            if "vmap" not in str(error) and "batched tensor" not in str(error):
+                raise
             raise RuntimeError(
                 f"{error}\nA loss for vmap cannot call .item() or write to buffers: set track_running_stats=False on "
                 "BatchNorm layers, or use a closure that evaluates the live parameters"

@@ -112,6 +112,17 @@ def test_kernels_use_no_local_memory(nvcc_report):
     assert set(frames) == {("0", "0", "0")}
 
 
+def test_the_kernels_of_cbo_use_no_local_memory(tmp_path):
+    if NVCC is None or torch.version.cuda is None:
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    flags = [*_build.FLAGS, "-O3", "-DUSE_CUDA", "-arch=sm_90", "-Xptxas=-v", *INCLUDE]
+    command = [NVCC, *flags, "-c", str(ROOT / "csrc/cbo.cu"), "-o", str(tmp_path / "cbo.o")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) == 2 * 3  # dtypes x kernels
+    assert set(frames) == {("0", "0", "0")}
+
+
 def test_kernels_are_made_for_both_devices_and_later_ones(nvcc_report):
     assert set(re.findall(r"for '(sm_\d+)'", nvcc_report[0])) == {"sm_80", "sm_90"}
     assert "code=compute_90" in " ".join(_build.cuda_flags())
