@@ -275,21 +275,25 @@ class CBO(Optimizer):
         try:
             self._check_group(group)
             _check_uniform(self.param_groups)
+            self._check_contraction(group)
             self._grow(group)
         except Exception:
             self.param_groups.pop()
             raise
-        drift, diffusion = group["lamda"] * float(group["lr"]), group["sigma"] * float(group["lr"]) ** 0.5
+
+    def _check_contraction(self, group: Group) -> None:
+        """Warn if the distance to a consensus that stays where it is would grow."""
+        drift, root = group["lamda"] * float(group["lr"]), math.sqrt(float(group["lr"]))
         dim = 1 if group["noise"] == "anisotropic" else sum(self._sizes)
-        if group["rule"] == "drift" and group["noise_clip"] is None and drift > 0 and dim > 0:
-            growth = expected_log_ratio(drift, diffusion, dim)
-            if growth >= 0:
-                critical = critical_diffusion(drift, dim) / float(group["lr"]) ** 0.5
-                warn(
-                    f"particles will spread and not contract: the log of their distance to the consensus grows by "
-                    f"{growth:.3g} a step at sigma={group['sigma']:.4g}; it must be negative, for which sigma must be "
-                    f"below {critical:.4g} at this lr and lamda"
-                )
+        if group["rule"] != "drift" or group["noise_clip"] is not None or drift == 0 or dim == 0:
+            return
+        growth = expected_log_ratio(drift, group["sigma"] * root, dim)
+        if growth >= 0:
+            warn(
+                f"particles will spread and not contract: at sigma={group['sigma']:.4g} the log of their distance to "
+                f"the consensus grows by {growth:.3g} a step; to shrink, it needs a sigma below "
+                f"{critical_diffusion(drift, dim) / root:.4g} at this lr and lamda"
+            )
 
     def _check_group(self, group: Group) -> None:
         for index, param in enumerate(group["params"]):
@@ -391,14 +395,16 @@ class CBO(Optimizer):
         # All coordinates are drawn, so that it does not matter how they are split into groups.
         around = torch.empty(runs, local, old + len(center), dtype=dtype, device=device)
         random.normal(around, seed=group["seed"], draw=draw_of(swarm["step"], INIT), first=swarm["first"])
-        around = center + group["init_std"] * around[..., old:]
+        around = around[..., old:].mul_(group["init_std"]).add_(center)
         if swarm["first"] == 0:
             around[:, 0] = center
-        fresh = dict(particles=around, memory=around, exp_avg=torch.zeros_like(around))
-        fresh.update(consensus=center.expand(runs, -1), best=center.expand(runs, -1), exp_avg_sq=fresh["exp_avg"])
-        for name, columns in fresh.items():
+        for name in _POINTS:
             if name in swarm:
-                swarm[name] = torch.cat([swarm[name].to(dtype), columns], -1)
+                average, alone = name.startswith("exp_avg"), name in ("consensus", "best")
+                new = torch.zeros_like(around) if average else center.expand(runs, -1) if alone else around
+                # The particles of the first group are not copied: there may be memory for them once.
+                copied = old > 0 or name != "particles"
+                swarm[name] = torch.cat([swarm[name].to(dtype), new], -1) if copied else new
 
     # What can be read
 
@@ -647,7 +653,9 @@ class CBO(Optimizer):
     def _personal_bests(self, evaluation: Evaluation, seen: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Where each particle was best, and the energy there."""
         swarm = self._swarm
-        points, energies = swarm["memory"], swarm["memory_energies"]
+        # The user may have written to the particles before the first step.
+        points = swarm["memory"] if swarm["step"] > 0 else swarm["particles"]
+        energies = swarm["memory_energies"]
         if self.param_groups[0]["memory"] == "reevaluated" and swarm["step"] > 0:
             energies = _at(index, self._energies(evaluation, points, index), energies)
         points = torch.where((seen < energies)[..., None], swarm["particles"], points)

@@ -558,6 +558,15 @@ def test_a_group_may_join_in_the_middle():
     assert optimizer.particles[1].shape == (1, N, 2, 2)
 
 
+def test_personal_bests_begin_where_the_user_puts_the_particles():
+    optimizer = make(memory="fixed", particle_batch=4)
+    for x in optimizer.particles:
+        x.uniform_(5, 6)
+    start = optimizer._swarm["particles"].clone()
+    run(optimizer, 1)
+    assert torch.equal(optimizer._swarm["memory"], start)
+
+
 def test_odd_shapes_take_part():
     params = [nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(2, 1, 2))]
     optimizer = optimzoo.CBO(params, 100, seed=0, alpha=1e3, init_std=2.0)
@@ -866,7 +875,7 @@ def test_the_critical_sigma_is_the_one_of_the_literature_and_of_simulation(lr, d
 
 
 def test_settings_under_which_particles_spread_warn_with_the_number():
-    with pytest.warns(UserWarning, match=r"grows by 0\.\d+ a step at sigma=10; .* below 5\.1\d+ at this lr") as caught:
+    with pytest.warns(UserWarning, match=r"at sigma=10 .* grows by 0\.\d+ a step; .* below 5\.1\d+ at") as caught:
         make(sigma=10.0)
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="particles will spread"):
