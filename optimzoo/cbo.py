@@ -879,6 +879,8 @@ class CBO(Optimizer):
 
 def _at(index: Tensor | None, new: Any, old: Tensor) -> Tensor:
     """``new`` in the columns of ``index``, ``old`` elsewhere; ``None`` is everywhere."""
+    if index is None and isinstance(new, Tensor):
+        return new
     turn = torch.full(old.shape[1:2], index is None, device=old.device)
     if index is not None:
         turn[index] = True
