@@ -774,8 +774,8 @@ class CBO(Optimizer):
         if self._world == 1:
             return tensor
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-        ops_ = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
-        torch.distributed.all_reduce(tensor, ops_[op], group=self.process_group)
+        reductions = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
+        torch.distributed.all_reduce(tensor, reductions[op], group=self.process_group)
         return tensor
 
     def _gathered(self, energies: Tensor) -> Tensor:

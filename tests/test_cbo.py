@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import cbo as reference
 from steps import bits, saved
 from torch import nn
@@ -373,16 +375,16 @@ def test_all_particles_of_a_step_see_the_same_random_numbers_and_torchs_stay():
     assert not torch.equal(seen[0], seen[-1])
 
 
-def network(**settings: Any) -> tuple[nn.Module, optimzoo.CBO, Any]:
+def network() -> tuple[nn.Module, Any]:
+    """A network whose forward pass has side effects, and a closure of it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2))
     inputs, labels = torch.randn(16, 3), torch.randint(2, (16,))
-    optimizer = optimzoo.CBO(model.parameters(), 6, seed=1, **settings(model) if callable(settings) else settings)
-    return model, optimizer, lambda: nn.functional.cross_entropy(model(inputs), labels)
+    return model, lambda: nn.functional.cross_entropy(model(inputs), labels)
 
 
 def test_running_statistics_are_those_of_one_evaluation_of_the_consensus():
-    model, _, closure = network()
+    model, closure = network()
     optimizer = optimzoo.CBO(model.parameters(), 6, seed=1, module=model)
     seen = []
 
@@ -403,8 +405,8 @@ def test_running_statistics_are_those_of_one_evaluation_of_the_consensus():
 
 
 def test_without_module_every_evaluation_counts():
-    model, optimizer, closure = network()
-    optimizer.step(closure)
+    model, closure = network()
+    optimzoo.CBO(model.parameters(), 6, seed=1).step(closure)
     assert int(model[1].num_batches_tracked) == 6
 
 
@@ -415,6 +417,49 @@ def test_parameters_of_16_bits_have_particles_of_32():
     assert {x.dtype for x in optimizer.particles} == {torch.float32}
     for p, c in zip(params, optimizer.consensus, strict=True):
         assert torch.equal(p.detach(), c[0].bfloat16())
+
+
+# Laws
+
+
+def particles_after(change_loss, steps=4, shift=0.0, **settings):
+    optimizer = make(**settings)
+    optimizer._swarm["particles"] += shift
+
+    def closure(stacked):
+        return change_loss(batched([x - shift for x in stacked]))
+
+    for _ in range(steps):
+        optimizer.step(closure, batched=True)
+    return optimizer._swarm["particles"] - shift
+
+
+@given(scale=st.floats(1e-6, 1e6), noise=st.sampled_from(["anisotropic", "isotropic"]))
+@settings(max_examples=15)
+def test_a_scaled_loss_is_a_scaled_alpha(scale, noise):
+    how = dict(noise=noise, sigma=0.2)
+    one = particles_after(lambda losses: losses * scale, alpha=0.5 / scale, **how)
+    torch.testing.assert_close(one, particles_after(lambda losses: losses, alpha=0.5, **how), rtol=0, atol=1e-10)
+
+
+@given(power=st.integers(-3, 30), variant=st.sampled_from(["defaults", "memory", "ess", "polarised", "adam"]))
+@settings(max_examples=15)
+def test_a_constant_in_the_loss_changes_nothing(power, variant):
+    # Losses in whole 2^-20, so that adding the constant loses nothing.
+    def rounded(losses):
+        return (losses * 2**20).round() / 2**20
+
+    one = particles_after(lambda losses: rounded(losses) + 2.0**power, **VARIANTS[variant])
+    other = particles_after(rounded, **VARIANTS[variant])
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@given(shift=st.floats(-8, 8), variant=st.sampled_from(["defaults", "isotropic", "memory", "polarised", "gradient"]))
+@settings(max_examples=15)
+def test_everything_may_be_somewhere_else(shift, variant):
+    how = {**VARIANTS[variant], "alpha": 0.5}  # a large alpha would amplify the rounding of the shift
+    one, other = (particles_after(lambda losses: losses, shift=by, **how) for by in (shift, 0.0))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 # vmap
