@@ -1,23 +1,13 @@
 // The step on the CPU: all tensors of a call are one index space, split over the threads once, so that a thousand small
 // tensors cost one parallel region. Inner loops are plain; the compiler vectorises them for three levels of x86-64.
+#include "cpu.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <mutex>
 #include <unordered_map>
 
 #include "fused.h"
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-// "arch=haswell" would ask for that CPU's model; the levels ask for its features.
-#define OZ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define OZ_IVDEP _Pragma("GCC ivdep")
-#elif defined(__clang__)
-#define OZ_CLONES
-#define OZ_IVDEP _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define OZ_CLONES
-#define OZ_IVDEP
-#endif
 
 namespace optimzoo {
 

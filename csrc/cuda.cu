@@ -1,8 +1,7 @@
 // The step on a CUDA device. One launch serves many tensors: their table is the kernel's argument, and every block
 // finds its tensor there. Nothing is allocated and nothing is read back, so that a CUDA graph can hold the step.
-#include <cuda_runtime.h>
-
 #include "fused.h"
+#include "launch.h"
 
 namespace optimzoo {
 
@@ -168,19 +167,6 @@ __global__ void __launch_bounds__(threads, 2)  // left alone, the compiler spill
     update<1, Rule, P, S, T>(shared, entry.item, index, states);
 }
 
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error));
-}
-
-template <typename... Params, typename... Args>
-void launch(unsigned blocks, cudaStream_t stream, void (*kernel)(Params...), const Args&... args) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
 // Launches over as many tensors of the same dtypes as fit into a table.
 template <template <typename> class Rule>
 class Launcher {
@@ -201,10 +187,10 @@ class Launcher {
 
   void flush() {
     if (table_.size == 0) return;
-    launch((table_.size + threads - 1) / threads, stream_, advance<N>, table_, scalars_.found_inf);
+    launch((table_.size + threads - 1) / threads, threads, stream_, advance<N>, table_, scalars_.found_inf);
     if (blocks_ > 0)
       with_types(table_.entries[0].item, [&](auto p, auto s) {
-        launch(blocks_, stream_, step_kernel<Rule, decltype(p), decltype(s)>, table_, scalars_);
+        launch(blocks_, threads, stream_, step_kernel<Rule, decltype(p), decltype(s)>, table_, scalars_);
       });
     table_.size = 0;
     blocks_ = 0;
@@ -237,13 +223,7 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
   const Call<Rule> call(stack, cuda);
   if (call.items.empty()) return;
 
-  CUDAGuardHandle guard;
-  aoti_torch_create_cuda_guard(call.device_index, &guard);
-  const std::unique_ptr<CUDAGuardOpaque, AOTITorchError (*)(CUDAGuardHandle)> restore(guard,
-                                                                                      aoti_torch_delete_cuda_guard);
-  void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(call.device_index, &stream);
-
+  const OnDevice device(call.device_index);
   Scalars<num_hyper<Rule>> scalars = {};
   const Facts lr(call.lr.get());
   if (lr.device_type == cuda) {
@@ -266,7 +246,7 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
 
   for (const bool compressed : {false, true})
     for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
-      Launcher<Rule> launcher(scalars, static_cast<cudaStream_t>(stream));
+      Launcher<Rule> launcher(scalars, device.stream());
       for (const auto& item : call.items)
         if (item.dtype == dtype && item.compressed == compressed) launcher.add(item);
       launcher.flush();

@@ -1,10 +1,13 @@
 // The ops' schemas.
+#include "cbo.h"
 #include "fused.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(OZ_NAMESPACE, m) {
   m.def("hold(Tensor[] tensors) -> int");
   m.def("release(int held) -> ()");
   m.def("dot(Tensor[] left, Tensor[] right, Tensor(a!) out) -> ()");
+  m.def(optimzoo::normal_schema);
+  m.def(optimzoo::cbo_schema);
 }
 
 #define OZ_RULE(Rule) \

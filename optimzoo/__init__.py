@@ -2,11 +2,13 @@
 
 from optimzoo.adabelief import AdaBelief
 from optimzoo.adagrad import AdaGradNorm
+from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
 
 __all__ = [
+    "CBO",
     "AdaBelief",
     "AdaGradNorm",
     "DaleAdamW",

@@ -54,15 +54,14 @@ def _commands(folder: Path) -> list[list[str]]:
     path, has_cuda = torch
     include = ["-isystem", str(path / "include")]
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [f"-L{path / 'lib'}", "-ltorch_cpu"]
-    sources = [str(_CSRC / name) for name in ("library.cpp", "cpu.cpp")]
+    sources = [str(_CSRC / name) for name in ("library.cpp", "cpu.cpp", "cbo.cpp")]
+    cuda_sources = [str(_CSRC / name) for name in ("cuda.cu", "cbo.cu")]
     commands = [[*compiler, *FLAGS, *_CXX_FLAGS, "-shared", *include, *sources, "-o", str(folder / "_C.so"), *link]]
     nvcc = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")) or shutil.which(
         "nvcc"
     )
     if has_cuda and nvcc:
-        commands.append(
-            [nvcc, *cuda_flags(), *include, "-shared", str(_CSRC / "cuda.cu"), "-o", str(folder / "_C_cuda.so")]
-        )
+        commands.append([nvcc, *cuda_flags(), *include, "-shared", *cuda_sources, "-o", str(folder / "_C_cuda.so")])
         commands[-1] += [*link, "-ltorch_cuda"]
     else:
         print(f"optimzoo: no CUDA library: {'nvcc was not found' if has_cuda else 'this torch has no CUDA'}")

@@ -91,3 +91,17 @@ class Held:
             len(own) == len(other) and all(map(operator.is_, own, other))
             for own, other in zip(self.columns, columns, strict=True)
         )
+
+
+def native(name: str, device: torch.device) -> Callable[..., None] | None:
+    """The native op ``optimzoo::NAME``, or ``None`` where the library of a type of device is not loaded.
+
+    It must return nothing and write to arguments alone.
+    """
+    if missing(device.type):
+        return None
+    op: Callable[..., None] = getattr(torch.ops.optimzoo, name).default
+    if name not in _with_fake:
+        torch.library.register_fake(f"optimzoo::{name}", _fake)
+        _with_fake.add(name)
+    return op

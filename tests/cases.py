@@ -102,6 +102,7 @@ REFUSES: dict[str, dict[str, str]] = {
 
 # Public names that this table does not drive, with the tests that show their contract instead.
 ELSEWHERE: dict[str, str] = {
+    "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
     "dale_columns_": "test_dale.py",

@@ -16,24 +16,14 @@ from test_native import RULES, arguments
 from optimzoo import _build
 
 ROOT = Path(__file__).parents[1]
-COMPILER = shutil.which("g++")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 INCLUDE = ["-isystem", str(Path(torch.__file__).parent / "include")]
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The ops of cuda.cu, compiled for the host."""
-    if COMPILER is None:
-        pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    sources = ["-x", "c++", str(ROOT / "csrc/cuda.cu"), str(ROOT / "csrc/library.cpp")]
-    flags = [*_build.FLAGS, "-O2", "-fPIC", "-fvisibility=hidden", "-DOZ_EMULATED", "-pthread", "-shared"]
-    link = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    emulation = ["-I", str(ROOT / "tests/emulation")]
-    subprocess.run([COMPILER, *flags, *emulation, *INCLUDE, *sources, "-o", str(library), *link], check=True)
-    torch.ops.load_library(library)
-    return lambda name: getattr(torch.ops.optimzoo_emulated, f"fused_{name}_").default
+def emulated(emulated_ops):
+    """The fused steps of cuda.cu, compiled for the host."""
+    return lambda name: getattr(emulated_ops, f"fused_{name}_").default
 
 
 CASES = {
@@ -133,6 +123,17 @@ def variants(rule):
 def test_kernels_use_no_local_memory(nvcc_report):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", nvcc_report[0])
     assert len(frames) >= 2 * sum(map(variants, RULES.values()))  # devices
+    assert set(frames) == {("0", "0", "0")}
+
+
+def test_the_kernels_of_cbo_use_no_local_memory(tmp_path):
+    if NVCC is None or torch.version.cuda is None:
+        pytest.skip("needs nvcc and a CUDA build of torch")
+    flags = [*_build.FLAGS, "-O3", "-DUSE_CUDA", "-arch=sm_90", "-Xptxas=-v", *INCLUDE]
+    command = [NVCC, *flags, "-c", str(ROOT / "csrc/cbo.cu"), "-o", str(tmp_path / "cbo.o")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(frames) == 2 * 3  # dtypes x kernels
     assert set(frames) == {("0", "0", "0")}
 
 

@@ -1,0 +1,217 @@
+"""The dynamics, the noise and the schedules of consensus-based optimization, as pure functions.
+
+Particles have the shape (runs, particles, coordinates), energies (runs, particles). :class:`optimzoo.CBO` is the
+bookkeeping around them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from optimzoo import random
+
+Column: TypeAlias = float | Tensor
+"""A setting: a number, or a tensor over the coordinates where groups differ."""
+
+# Every step has eight draws of random numbers.
+NOISE, MEMORY_NOISE, KICK, ORDER, INIT, SURVIVORS, CLOSURE = range(7)
+
+
+def draw_of(step: int, purpose: int) -> int:
+    """The draw of a step's random numbers for one purpose."""
+    return (8 * step + purpose) % 2**32
+
+
+# Consensus
+
+
+def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Tensor] | None = None) -> Tensor:
+    """softmax(-alpha energies) in float64; what is infinite weighs nothing, and if all is, all weights are zero.
+
+    Args:
+        energies: float64, shape (runs, particles), not NaN.
+        alpha: shape (runs,).
+        reduce: combines a tensor with those of other processes that hold other particles, by "min" or "sum".
+    """
+    lowest = energies.amin(-1, keepdim=True)
+    if reduce is not None:
+        lowest = reduce(lowest, "min")
+    # Shifted before it is scaled: at alpha |e| of 1e4 the digits of e would be gone.
+    exponent = (lowest - energies).mul_(alpha[:, None])
+    if reduce is None:
+        return exponent.softmax(-1).nan_to_num_(0.0)
+    weight = exponent.exp_().nan_to_num_(0.0)
+    return weight / reduce(weight.sum(-1, keepdim=True), "sum").clamp_min(1.0)
+
+
+def mean(weight: Tensor, points: Tensor) -> Tensor:
+    """The weighted mean, shape (runs, coordinates); a point without weight may be infinite."""
+    counted = torch.where(weight[..., None] > 0, points, 0)
+    return (weight[..., None, :].to(points.dtype) @ counted).squeeze(-2)
+
+
+def polarised_means(
+    points: Tensor, energies: Tensor, alpha: Tensor, *, kernel: str, kappa: float, kernel_alpha: bool
+) -> Tensor:
+    """A mean for each particle, of those near it; a particle that nobody is near is its own."""
+    r = torch.linalg.vector_norm(points[:, :, None] - points[:, None], dim=-1).double()
+    if kernel == "gaussian":
+        distance = r.square() / (2 * kappa**2)
+    elif kernel == "laplace":
+        distance = r / kappa
+    elif kernel == "inverse_quadratic":
+        distance = (r.square() / kappa**2).log1p()
+    else:
+        distance = torch.where(r <= kappa, 0.0, math.inf)
+    factor = alpha[:, None, None]
+    shifted = energies - energies.amin(-1, keepdim=True)  # before it is scaled, as above
+    exponent = -(factor if kernel_alpha else 1) * distance - factor * shifted[:, None]
+    weight = exponent.softmax(-1).nan_to_num(0.0).to(points.dtype)
+    lonely = (weight == 0).all(-1, keepdim=True)
+    counted = torch.where(energies[..., None] < math.inf, points, 0)
+    return torch.where(lonely, points, weight @ counted)
+
+
+# Dynamics
+
+
+def gate(energies: Tensor, at_consensus: Tensor, correction: str, eps: float) -> Tensor:
+    """What share of a move is made: none by a particle that is better than the consensus, shape (runs,)."""
+    worse = energies - at_consensus[:, None]
+    if correction == "heaviside":
+        return (worse > 0).double()
+    return torch.where(energies == math.inf, 1.0, (1 + (worse / eps).tanh()) / 2)
+
+
+def shaken(difference: Tensor, z: Tensor, *, noise: str, clip: float | None) -> Tensor:
+    """Normal numbers times the distance, of each coordinate or of the whole particle, which ``clip`` truncates."""
+    if noise == "anisotropic":
+        return (difference if clip is None else difference.clamp(-clip, clip)) * z
+    norm: Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+    return (norm if clip is None else norm.clamp_max(clip)) * z
+
+
+def moved(
+    points: Tensor,
+    towards: Tensor,
+    z: Tensor,
+    drift: Column,
+    diffusion: Column,
+    gates: tuple[Tensor, Tensor] | None = None,
+    *,
+    noise: str,
+    clip: float | None,
+    seen_from: Tensor | None = None,
+) -> Tensor:
+    """One Euler-Maruyama step towards a point.
+
+    ``gates`` are the shares of drift and noise that each particle makes; ``seen_from`` are positions whose distances
+    count in place of those of the points that move.
+    """
+    difference = (points if seen_from is None else seen_from) - towards
+    step, shake = drift * difference, diffusion * shaken(difference, z, noise=noise, clip=clip)
+    if gates is not None:
+        step, shake = (part * share[..., None].to(part.dtype) for part, share in zip((step, shake), gates, strict=True))
+    return points - step + shake
+
+
+def adam_moved(
+    points: Tensor,
+    towards: Tensor,
+    z: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lamda: Column,
+    diffusion: Column,
+    *,
+    betas: tuple[float, float],
+    step: int,
+    noise: str,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's step along the distance; no learning rate on it, as in cbx. Returns points and both averages."""
+    difference = points - towards
+    exp_avg = exp_avg.lerp(difference, 1 - betas[0])
+    exp_avg_sq = exp_avg_sq.lerp(difference.square(), 1 - betas[1])
+    direction = exp_avg / (1 - betas[0] ** step) / ((exp_avg_sq / (1 - betas[1] ** step)).sqrt() + 1e-8)
+    points = points - lamda * direction + diffusion * shaken(difference, z, noise=noise, clip=clip)
+    return points, exp_avg, exp_avg_sq
+
+
+# Schedules
+
+
+def effective_alpha(energies: Tensor, share: float, alpha: Tensor, alpha_max: float) -> Tensor:
+    """The alpha at which the effective sample size is ``share`` of the particles; of equal ones, the alpha it was."""
+    finite = energies < math.inf
+    shifted = energies - energies.amin(-1, keepdim=True)
+    spread = torch.where(finite, shifted, 0.0).amax(-1)
+    low, high = (torch.log(bound / spread) for bound in (1e-9, 1e9))
+    for _ in range(60):
+        middle = (low + high) / 2
+        weight = torch.where(finite, (-middle.exp()[:, None] * shifted).exp(), 0.0)
+        large = weight.sum(-1).square() / weight.square().sum(-1) > share * finite.sum(-1)
+        low, high = torch.where(large, middle, low), torch.where(large, high, middle)
+    return torch.where(spread > 0, ((low + high) / 2).exp().clamp_max(alpha_max), alpha)
+
+
+def batch_indices(count: int, size: int, number: int, *, seed: int, since: int, leftover: str) -> Tensor:
+    """The particles of mini-batch ``number``: consecutive parts of a permutation that is drawn once per pass."""
+
+    def order(number_of_pass: int) -> Tensor:
+        return random.permutation(count, seed=seed, draw=draw_of(since + number_of_pass, ORDER))
+
+    if leftover == "drop":
+        number_of_pass, place = divmod(number, count // size)
+        return order(number_of_pass)[place * size : (place + 1) * size]
+    number_of_pass, place = divmod(number * size, count)
+    chosen = order(number_of_pass)[place : place + size]
+    if len(chosen) < size:
+        chosen = torch.cat([chosen, order(number_of_pass + 1)[: size - len(chosen)]])
+    distinct: Tensor = torch.unique(chosen)
+    return distinct
+
+
+def spread(points: Tensor) -> Tensor:
+    """The norm of the variances of the coordinates, float64, shape (runs,)."""
+    norm: Tensor = torch.linalg.vector_norm(points.var(1, correction=0), dim=-1)
+    return norm.double()
+
+
+def survivors(count: int, ratio: float, mu: float, size: int) -> int:
+    """How many particles stay when their spread has changed by a factor; whole mini-batches."""
+    factor = min(max(1 - mu + mu * ratio, 1 - mu), 1.0)
+    return min(count, math.ceil(factor * count / size) * size)
+
+
+def expected_log_ratio(drift: float, diffusion: float, dim: int = 1) -> float:
+    """By how much the log of the distance to a fixed consensus grows in a step, on average; contraction is below 0.
+
+    It is E log \\|(1 - drift) e + diffusion xi\\| for a unit vector e in ``dim`` dimensions and normal xi (``dim`` is 1
+    for anisotropic noise), half the expected log of a noncentral chi-square.
+    """
+    if diffusion == 0:
+        return math.log(abs(1 - drift)) if drift != 1 else -math.inf
+    half = ((1 - drift) / diffusion) ** 2 / 2  # of the noncentrality
+    if half > 500:
+        expected = dim + 2 * half  # two terms of the delta method
+        log_mean = math.log(expected) - (dim + 4 * half) / expected**2
+    else:
+        j = torch.arange(int(half + 12 * math.sqrt(half) + 40), dtype=torch.float64, device="cpu")
+        poisson = torch.exp(j * math.log(half) - half - torch.lgamma(j + 1)) if half > 0 else (j == 0).double()
+        log_mean = math.log(2) + float((poisson * torch.special.digamma(j + dim / 2)).sum())
+    return math.log(diffusion) + log_mean / 2
+
+
+def critical_diffusion(drift: float, dim: int = 1) -> float:
+    """The diffusion from which on particles spread: the zero of :func:`expected_log_ratio`; 0 where there is none."""
+    low, high = 0.0, 4.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_log_ratio(drift, middle, dim) < 0 else (low, middle)
+    return low
