@@ -1,9 +1,9 @@
 """Why a fused CPU step is not as fast as the in-place stream: the instructions of its loop, and its time in caches.
 
 The loop is that of x86-64-v4, from the disassembled library. GCC makes several for the settings that it tests outside;
-counted is the one with the most divisions and roots and then the fewest instructions: the step that moves, without
-coupled weight decay. Cycles an element come from differences between two sizes at each level of the memory, on one
-thread, so that the cost of a call drops out.
+counted is the one with the most divisions and roots, with an exponential if any has one, and then the fewest
+instructions: the step that moves, in the form that multiplies, without coupled weight decay. Cycles an element come
+from differences between two sizes at each level of the memory, on one thread, so that the cost of a call drops out.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def hot_loop(functions: dict[str, list[tuple[int, str]]], case: Case) -> tuple[L
     counted = [loop for loop in map(Loop.of, bodies) if loop.widths[512] and loop.stored]
     if not counted:
         return None
-    best = min(counted, key=lambda loop: (-loop.kinds["divide, root"], loop.instructions))
+    best = min(counted, key=lambda loop: (-loop.kinds["divide, root"], loop.kinds["integer"] == 0, loop.instructions))
     return best, best.stored // (4 + (2 if case.compressed else 4) * case.states)
 
 

@@ -91,7 +91,13 @@ QuietLangevin.__name__ = "DaleLangevin"  # for messages
 QUIET = {"DaleLangevin": QuietLangevin}
 
 _SIGNS = "its steps multiply real numbers that have a sign"
-_DALE = {"sparse": _SIGNS, "complex": _SIGNS, "zeros": _SIGNS, "non-finite": "what is not finite is not written"}
+_DALE = {
+    "sparse": _SIGNS,
+    "complex": _SIGNS,
+    "zeros": _SIGNS,
+    "non-finite": "what is not finite is not written",
+    "float16 beside others": "the smallest and largest weight are those that float16 holds",
+}
 REFUSES: dict[str, dict[str, str]] = {
     "DiffGrad": {"sparse": "a row that has no gradient would keep an old one to be compared with"},
     "DaleSGD": _DALE,
