@@ -190,10 +190,12 @@ class _Dale(Elementwise):
             RuntimeError: signs have changed; with ``check_signs="restore"`` they are put back instead, unless weights
                 have become zero.
         """
-        changed = self._changed_signs()
-        with torch.no_grad():
-            for param, sign in changed:
-                param.copy_(sign * param.abs())
+        self._restore_signs(self._changed_signs())
+
+    @torch.no_grad()
+    def _restore_signs(self, changed: list[tuple[Tensor, Tensor]]) -> None:
+        for param, sign in changed:
+            param.copy_(sign * param.abs())
 
     def _changed_signs(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters whose signs are to be restored, with them; raises about the others."""
@@ -224,12 +226,9 @@ class _Dale(Elementwise):
     def _checked_calls(self) -> list[tuple[Group, str, Batch]]:
         for group in self.param_groups:
             self._check_decay(group)
-        edited = self._versions() != self._seen
-        if edited:
-            self._changed_signs()
+        changed = self._changed_signs() if self._versions() != self._seen else []
         calls = super()._checked_calls()
-        if edited:
-            self.check_signs()  # restores
+        self._restore_signs(changed)  # last, for a step that fails changes nothing
         return calls
 
     def _check_decay(self, group: Group) -> None:
