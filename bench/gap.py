@@ -156,8 +156,17 @@ def hot_loop(functions: dict[str, list[tuple[int, str]]], case: Case) -> tuple[L
     counted = [loop for loop in map(Loop.of, bodies) if loop.widths[512] and loop.stored]
     if not counted:
         return None
-    best = min(counted, key=lambda loop: (-loop.kinds["divide, root"], loop.kinds["integer"] == 0, loop.instructions))
-    return best, best.stored // (4 + (2 if case.compressed else 4) * case.states)
+    held = 4 + (2 if case.compressed else 4) * case.states  # bytes that are written an element
+    turns = [(loop, loop.stored / held) for loop in counted]
+    best, elements = min(
+        turns,
+        key=lambda turn: (
+            -turn[0].kinds["divide, root"] / turn[1],
+            turn[0].kinds["integer"] == 0,
+            turn[0].instructions / turn[1],
+        ),
+    )
+    return best, int(elements)
 
 
 def clock(case: Case, size: int, repeats: int) -> float:

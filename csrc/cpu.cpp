@@ -14,20 +14,6 @@ namespace optimzoo {
 // What becomes of the bits that a narrow parameter cannot hold.
 enum class Rest { nearest, stochastic, master };
 
-// Two arrays share a random number, 16 bits for each.
-template <int N>
-struct Random {
-  static constexpr int words = (N + 2) / 2;
-  uint32_t keys[words];
-  uint32_t index;  // of the first element in its tensor
-
-  // For the array at a place: the states, then the parameter.
-  template <size_t place>
-  OZ_FN uint32_t bits(int64_t i) const {
-    return random_bits(keys[place / 2], index + static_cast<uint32_t>(i)) >> place % 2 * 16;
-  }
-};
-
 template <typename T, typename E>
 OZ_FN T widen(E value) {
   return static_cast<T>(value);
@@ -53,35 +39,38 @@ OZ_FN uint16_t nearest<uint16_t, float>(float value) {  // ties to even
   return static_cast<uint16_t>(bits >> 16);
 }
 
-OZ_FN void round_to(uint16_t& to, float value, uint32_t random) { to = round_randomly(value, random); }
-template <typename E, typename T>
+template <size_t place>
+OZ_FN void round_to(uint16_t& to, float value, uint32_t random) {
+  to = round_randomly<place>(value, random);
+}
+template <size_t place, typename E, typename T>
 OZ_FN void round_to(E& to, T value, uint32_t) {
   to = value;
 }
 
 // The rule on one coordinate. Each state in a variable of its own: an array would not be taken apart into registers.
 template <typename Rule, typename T, size_t... I, typename... State>
-OZ_FN void apply(const Rule& rule, const Random<sizeof...(I)>& random, int64_t i, T& param, T grad,
-                 std::index_sequence<I...>, State&... state) {
+OZ_FN void apply(const Rule& rule, uint32_t random, T& param, T grad, std::index_sequence<I...>, State&... state) {
   [&](auto... values) __attribute__((always_inline)) {
     rule(param, grad, values...);
-    (round_to(state, values, random.template bits<I>(i)), ...);
+    (round_to<I>(state, values, random), ...);
   }(widen<T>(state)...);
 }
 
 // Elements [0, n) of one tensor. No two of the arrays overlap.
 template <Rest rest, typename Rule, typename P, typename T, typename Index, typename... State>
-OZ_FN void sweep(const Rule& rule, const Prologue<T>& prologue, const Random<sizeof...(State)>& random, int64_t n,
-                 P* param, const P* grad, float* master, Index index, State*... state) {
+OZ_FN void sweep(const Rule& rule, const Prologue<T>& prologue, uint32_t counter, int64_t n, P* param, const P* grad,
+                 float* master, Index index, State*... state) {
   OZ_IVDEP
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i, counter += stride) {
+    const uint32_t random = scatter(counter);
     T p = widen<T>(param[i]), g = widen<T>(grad[i]);
     if constexpr (rest == Rest::master)  // where it is not what was rounded, somebody has changed the parameter
       p = widen<T>(nearest<P>(master[i])) == p ? master[i] : p;
     prologue.apply(rule, p, g);
-    apply(rule, random, i, p, g, index, state[i]...);
+    apply(rule, random, p, g, index, state[i]...);
     if constexpr (rest == Rest::stochastic)
-      round_to(param[i], p, random.template bits<sizeof...(State)>(i));
+      round_to<sizeof...(State)>(param[i], p, random);
     else
       param[i] = nearest<P>(p);
     if constexpr (rest == Rest::master) master[i] = p;
@@ -106,8 +95,8 @@ OZ_FN void in_one_form(const Rule& rule, long, const F& call) {
 }
 
 template <Rest rest, typename Rule, typename P, typename T, typename Index, typename... State>
-OZ_CLONES void run(Rule rule, Prologue<T> prologue, Random<sizeof...(State)> random, int64_t n, P* param, const P* grad,
-                   float* master, Index index, State*... state) {
+OZ_CLONES void run(Rule rule, Prologue<T> prologue, uint32_t counter, int64_t n, P* param, const P* grad, float* master,
+                   Index index, State*... state) {
   if constexpr (std::is_same_v<P, Half>) {
     // Whose conversions are calls or tables on most machines: block by block, so that the loop sees float alone.
     constexpr int64_t block = 512;
@@ -120,15 +109,31 @@ OZ_CLONES void run(Rule rule, Prologue<T> prologue, Random<sizeof...(State)> ran
         for (int64_t i = 0; i < size; ++i)
           if (static_cast<float>(static_cast<P>(master[begin + i])) == wide_param[i]) wide_param[i] = master[begin + i];
       in_one_form(rule, 0, [&](const Rule& fixed) __attribute__((always_inline)) {
-        sweep<Rest::nearest>(fixed, prologue, random, size, wide_param, wide_grad, nullptr, index, state + begin...);
+        sweep<Rest::nearest>(fixed, prologue, counter, size, wide_param, wide_grad, nullptr, index, state + begin...);
       });
-      random.index += static_cast<uint32_t>(size);
+      counter += stride * static_cast<uint32_t>(size);
       for (int64_t i = 0; i < size; ++i) param[begin + i] = static_cast<P>(wide_param[i]);
       if constexpr (rest == Rest::master) std::copy(wide_param, wide_param + size, master + begin);
     }
   } else {
     in_one_form(rule, 0, [&](const Rule& fixed) __attribute__((always_inline)) {
-      sweep<rest>(fixed, prologue, random, n, param, grad, master, index, state...);
+      // A block's worth of what comes next is asked for before each block: the machine's own guess stops at every page.
+      constexpr int64_t block = 64, distance = 512;
+      const auto fetch = [&](const auto* array) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < block; i += 64 / sizeof(*array)) __builtin_prefetch(array + i);
+      };
+      int64_t begin = 0;
+      const auto part = [&](int64_t size) __attribute__((always_inline)) {
+        float* const at = rest == Rest::master ? master + begin : nullptr;
+        sweep<rest>(fixed, prologue, counter, size, param + begin, grad + begin, at, index, state + begin...);
+        counter += stride * static_cast<uint32_t>(size);
+      };
+      for (; begin + block <= n; begin += block) {
+        if (const int64_t ahead = begin + distance; ahead + block <= n)
+          fetch(param + ahead), fetch(grad + ahead), (fetch(state + ahead), ...);
+        part(block);
+      }
+      part(n - begin);
     });
   }
 }
@@ -137,11 +142,11 @@ template <typename E>
 using Bits = std::conditional_t<std::is_same_v<E, BFloat16>, uint16_t, E>;
 
 template <typename P, typename S, typename Rule, typename T, int N, size_t... I>
-void run_part(const Rule& rule, const Prologue<T>& prologue, Random<N> random, bool stochastic, const Item<N>& item,
+void run_part(const Rule& rule, const Prologue<T>& prologue, uint32_t key, bool stochastic, const Item<N>& item,
               int64_t begin, int64_t end, std::index_sequence<I...> index) {
-  random.index = static_cast<uint32_t>(begin);
+  const uint32_t counter = key + stride * static_cast<uint32_t>(begin);
   const auto with = [&](auto rest, float* master) {
-    run<decltype(rest)::value>(rule, prologue, random, end - begin, static_cast<Bits<P>*>(item.param) + begin,
+    run<decltype(rest)::value>(rule, prologue, counter, end - begin, static_cast<Bits<P>*>(item.param) + begin,
                                static_cast<const Bits<P>*>(item.grad) + begin, master, index,
                                static_cast<Bits<S>*>(item.states[I]) + begin...);
   };
@@ -233,11 +238,9 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
         else
           rule = &wide[rule_of[i]];
         const Prologue<T> prologue{T(factor), T(call.coupled()), T(keep)};
-        Random<num_states<Rule>> random = {};
-        if (item.compressed || call.stochastic)
-          for (int word = 0; word < random.words; ++word)
-            random.keys[word] = random_key(call.seed, *item.step, item.index, word);
-        run_part<P, S>(*rule, prologue, random, call.stochastic, item, begin - start, stop - start,
+        const bool random = item.compressed || call.stochastic;
+        const uint32_t key = random ? random_key(call.seed, *item.step, item.index) : 0;
+        run_part<P, S>(*rule, prologue, key, call.stochastic, item, begin - start, stop - start,
                        std::make_index_sequence<num_states<Rule>>());
       });
       begin = stop;

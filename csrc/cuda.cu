@@ -80,18 +80,20 @@ struct Pack {
 // works them out for all.
 template <template <typename> class Rule, typename T>
 struct Shared {
-  static constexpr int words = (num_states<Rule> + 2) / 2;  // two arrays share a random number, 16 bits for each
   Rule<T> rule;
   Prologue<T> prologue;
   bool stochastic;
-  uint32_t keys[words];
+  uint32_t key;  // of random bits
 };
 
-template <typename E, typename T>
+template <size_t place, typename E, typename T>
 OZ_FN void narrow(E& to, T value, uint32_t) {
   to = static_cast<E>(value);
 }
-OZ_FN void narrow(BFloat16& to, float value, uint32_t random) { to.x = round_randomly(value, random); }
+template <size_t place>
+OZ_FN void narrow(BFloat16& to, float value, uint32_t random) {
+  to.x = round_randomly<place>(value, random);
+}
 
 template <int size, template <typename> class Rule, typename P, typename S, typename T, size_t... I>
 OZ_FN void update(const Shared<Rule, T>& shared, const Item<sizeof...(I)>& item, int64_t index,
@@ -111,15 +113,10 @@ OZ_FN void update(const Shared<Rule, T>& shared, const Item<sizeof...(I)>& item,
     T s[N > 0 ? N : 1] = {static_cast<T>(states[I][i])...};
     shared.prologue.apply(shared.rule, p, g);
     shared.rule(p, g, s[I]...);
-    uint32_t random[Shared<Rule, T>::words] = {};
-    if (std::is_same_v<S, BFloat16> || (std::is_same_v<P, BFloat16> && shared.stochastic)) {
-      OZ_UNROLL
-      for (int word = 0; word < Shared<Rule, T>::words; ++word)
-        random[word] = random_bits(shared.keys[word], static_cast<uint32_t>(index + i));
-    }
-    (narrow(states[I][i], s[I], random[I / 2] >> I % 2 * 16), ...);
+    const uint32_t random = scatter(shared.key + stride * static_cast<uint32_t>(index + i));
+    (narrow<I>(states[I][i], s[I], random), ...);
     if (std::is_same_v<P, BFloat16> && shared.stochastic)
-      narrow(param[i], p, random[N / 2] >> N % 2 * 16);
+      narrow<N>(param[i], p, random);
     else
       param[i] = static_cast<P>(p);
     if (has_master) master[i] = p;
@@ -149,10 +146,10 @@ __global__ void __launch_bounds__(threads, 2)  // left alone, the compiler spill
         (scalars.maximize ? -1. : 1.) / (scalars.grad_scale != nullptr ? double(*scalars.grad_scale) : 1.);
     const double keep = Call<Rule>::keep(lr, scalars.weight_decay, scalars.decoupled_weight_decay, scalars.fixed_decay);
     const double step = *entry.item.step;
-    new (storage) Shared<Rule, T>{
-        Rule<T>(lr, scalars.hyper, step), {T(factor), T(scalars.coupled), T(keep)}, scalars.stochastic, {}};
-    for (int word = 0; word < Shared<Rule, T>::words; ++word)
-      shared.keys[word] = random_key(scalars.seed, step, entry.item.index, word);
+    new (storage) Shared<Rule, T>{Rule<T>(lr, scalars.hyper, step),
+                                  {T(factor), T(scalars.coupled), T(keep)},
+                                  scalars.stochastic,
+                                  random_key(scalars.seed, step, entry.item.index)};
   }
   __syncthreads();
 

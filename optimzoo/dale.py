@@ -264,11 +264,11 @@ def _move(param: Any, move: Any, dale: bool, exponent_clip: float, min_abs: floa
     param.copy_(where(finite(exponent), moved, old))
 
 
-def _steps(grad: Any, move: Any, dale: bool) -> tuple[Any, Any]:
+def _steps(move: Any, dale: bool) -> tuple[Any, Any]:
     """Which coordinates take part in the step, and ``move`` with NaN for those that do not; all do in plain groups."""
     if not dale:
         return True, move
-    steps = finite(grad * 0 + move)
+    steps = finite(move)  # which it is not where the gradient is not
     return steps, where(steps, move, math.nan)
 
 
@@ -386,7 +386,7 @@ def _update_momentum(
     weight = 1 - dampening * (1 - at_least(2 - step, 0.0))  # the first gradient is not dampened
     average = momentum * momentum_buffer + weight * grad
     move = -lr * (grad + momentum * average if nesterov else average)
-    steps, move = _steps(grad, move, dale)
+    steps, move = _steps(move, dale)
     momentum_buffer.copy_(where(steps, average, momentum_buffer))
     _move(param, move, dale, exponent_clip, min_abs, max_abs)
 
@@ -460,7 +460,7 @@ class DaleAdamW(_Dale):
         average = exp_avg.lerp(grad, 1 - beta1)
         square = (beta2 * exp_avg_sq).addcmul_(grad, grad, value=1 - beta2)
         denominator = (square.sqrt() / sqrt(1 - beta2**step)).add_(eps)
-        steps, move = _steps(grad, -(average / denominator) * (lr / (1 - beta1**step)), dale)
+        steps, move = _steps(-(average / denominator) * (lr / (1 - beta1**step)), dale)
         exp_avg.copy_(where(steps, average, exp_avg))
         exp_avg_sq.copy_(where(steps, square, exp_avg_sq))
         _move(param, move, dale, exponent_clip, min_abs, max_abs)
@@ -592,7 +592,7 @@ class DaleLangevin(_Dale):
             old = param * 1.0
             spread = sqrt(2 * temperature) * sqrt(lr) / old.abs().clamp_min(min_abs).sqrt()
             move = -lr * grad + old.sign() * spread * noise
-        _move(param, _steps(grad, move, dale)[1], dale, exponent_clip, min_abs, max_abs)
+        _move(param, _steps(move, dale)[1], dale, exponent_clip, min_abs, max_abs)
 
 
 def standard_normal(like: Tensor, seed: int, place: int, step: int, shard: int = 0) -> Tensor:

@@ -466,8 +466,8 @@ class Tensorwise(Optimizer):
     ) -> None:
         """Write to the ``place``-th array of each parameter by stochastic rounding; they count from ``first``."""
         for index, (step, target, value) in enumerate(zip(steps, targets, values, strict=True), start=first):
-            key = random_key(self._seed(group), step, index, place // 2).to(target.device)
-            round_randomly_(target, value, key, place % 2 * 16)
+            key = random_key(self._seed(group), step, index).to(target.device)
+            round_randomly_(target, value, key, place)
 
     def _seed(self, group: Group) -> int:
         """The seed of a group, for equal ones must not round alike."""

@@ -10,35 +10,37 @@ import torch
 from torch import Tensor
 
 
-def round_randomly_(target: Tensor, value: Tensor, key: Tensor, shift: int) -> None:
+def round_randomly_(target: Tensor, value: Tensor, key: Tensor, place: int) -> None:
     """Write float32 numbers to a bfloat16 tensor, each up or down by chance so that its mean is the number.
 
     Args:
         target: bfloat16, of any shape; what is exact in bfloat16 is written as it is, as is what is not finite.
         value: float32, of the same shape.
         key: int64, one number: :func:`random_key`.
-        shift: which 16 of the 32 random bits to use, 0 or 16, so that two targets can share a key.
+        place: which of the arrays that share the key it is, 0 or more: each has other bits.
     """
-    place = torch.arange(value.numel(), device=value.device)  # in memory, as natively, where that has no gaps
+    index = torch.arange(value.numel(), device=value.device)  # in memory, as natively, where that has no gaps
     dense = sorted(value.stride()) == sorted(torch.empty_like(value).stride())
-    place = place.as_strided(value.shape, torch.empty_like(value).stride()) if dense else place.reshape(value.shape)
-    random = _random_bits(key, place) >> shift & 0xFFFF
+    index = index.as_strided(value.shape, torch.empty_like(value).stride()) if dense else index.reshape(value.shape)
+    random = _random_half(key, index, place)
     # A random lower half carries into the upper one as often as what is cut off is large.
     upper = (value.view(torch.int32) + random.to(torch.int32)) >> 16
     target.copy_(torch.where(value.isfinite(), upper.to(torch.int16).view(torch.bfloat16), value.to(torch.bfloat16)))
 
 
-def random_key(seed: int, step: Tensor, tensor: int, word: int) -> Tensor:
-    """A 32-bit number, as int64, for a step (a whole number), a tensor of the call and a word of random bits."""
+def random_key(seed: int, step: Tensor, tensor: int) -> Tensor:
+    """A 32-bit number, as int64, for a step (a whole number) and a tensor of the call."""
     state = _mix(torch.tensor(_signed(seed), device=step.device)) ^ step.reshape(()).to(torch.int64)
-    return _shifted(_mix(_mix(state) ^ (8 * tensor + word)), 32)
+    return _shifted(_mix(_mix(state) ^ tensor), 32)
 
 
-def _random_bits(key: Tensor, index: Tensor) -> Tensor:
-    """Numbers of 32 bits, in int64."""
-    x = index * 0x9E3779B9 + key & 0xFFFFFFFF
-    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
-    return x ^ x >> 13
+def _random_half(key: Tensor, index: Tensor, place: int) -> Tensor:
+    """Numbers of 16 bits, in int64: half of a scattered word for each of two places, of another for the next two."""
+    word = index * 0x9E3779B9 + key & 0xFFFFFFFF
+    word = (word ^ word >> 14) * 0xDD973235 & 0xFFFFFFFF
+    for _ in range(place // 2):
+        word = word * 0x2C1B3C6D & 0xFFFFFFFF
+    return (word ^ word >> 16) & 0xFFFF if place % 2 else word >> 16
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,15 +24,19 @@ each_stateful = pytest.mark.parametrize("case", STATEFUL, ids=repr)
 # Rounding
 
 
-def rounded(value: torch.Tensor, seed: int, step: int = 1) -> torch.Tensor:
+PLACES = range(4)  # of arrays that share a key
+
+
+def rounded(value: torch.Tensor, seed: int, step: int = 1, place: int = 0) -> torch.Tensor:
     target = torch.empty_like(value, dtype=BF16)
-    round_randomly_(target, value, random_key(seed, torch.tensor(float(step)), 0, 0), 0)
+    round_randomly_(target, value, random_key(seed, torch.tensor(float(step)), 0), place)
     return target
 
 
-def test_stochastic_rounding_gives_a_neighbour_and_the_right_mean():
+@pytest.mark.parametrize("place", PLACES)
+def test_stochastic_rounding_gives_a_neighbour_and_the_right_mean(place):
     value = torch.cat([normal(1, 400, dtype=torch.float32), torch.logspace(-30, 30, 100), -torch.logspace(-3, 3, 100)])
-    draws = torch.stack([rounded(value, seed) for seed in range(2000)]).double()
+    draws = torch.stack([rounded(value, seed, place=place) for seed in range(2000)]).double()
     exact = value.double()
     distance = 2.0**-7 * 2.0 ** exact.abs().log2().floor()  # between neighbours
     assert ((draws - exact).abs() < distance).all()
@@ -39,10 +44,11 @@ def test_stochastic_rounding_gives_a_neighbour_and_the_right_mean():
     assert ((draws.mean(0) - exact).abs() <= 5 * distance / (2 * math.sqrt(2000))).all()
 
 
-def test_the_mean_is_right_over_steps_and_over_places_too():
+@pytest.mark.parametrize("place", PLACES)
+def test_the_mean_is_right_over_steps_and_over_places_too(place):
     value = torch.full((100_000,), 1.0 + 2.0**-7 * 0.3)  # three tenths of the way to the next number
-    over_places = (rounded(value, 3) > 1.001).double().mean()
-    over_steps = torch.stack([rounded(value[:1], 3, step) > 1.001 for step in range(20_000)]).double().mean()
+    over_places = (rounded(value, 3, place=place) > 1.001).double().mean()
+    over_steps = torch.stack([rounded(value[:1], 3, step, place) > 1.001 for step in range(20_000)]).double().mean()
     assert abs(over_places - 0.3) < 5 * math.sqrt(0.21 / 100_000)
     assert abs(over_steps - 0.3) < 5 * math.sqrt(0.21 / 20_000)
 
@@ -57,13 +63,20 @@ def test_what_bfloat16_holds_is_not_changed_and_what_is_not_finite_stays_so():
         assert rounded(payloads, seed).isnan().all()
 
 
-def test_neighbouring_bits_and_numbers_are_independent():
+def test_neighbours_steps_and_arrays_are_rounded_independently():
     half = torch.full((200_000,), 1.0 + 2.0**-8)  # halfway: each number is a fair coin
-    coins = (rounded(half, 7) > 1.001).double() - 0.5
-    for lag in (1, 2, 3, 16, 64, 1000):
-        assert abs((coins[lag:] * coins[:-lag]).mean() * 4) < 5 / math.sqrt(len(coins))
-    other = (rounded(half, 7, step=2) > 1.001).double() - 0.5
-    assert abs((coins * other).mean() * 4) < 5 / math.sqrt(len(coins))
+
+    def coins(step: int, place: int) -> torch.Tensor:
+        return (rounded(half, 7, step, place) > 1.001).double() * 2 - 1
+
+    drawn = {(step, place): coins(step, place) for step in (1, 2) for place in PLACES}
+    bound = 5 / math.sqrt(len(half))
+    for place in PLACES:
+        flips = drawn[1, place]
+        for lag in range(1, 70):
+            assert abs((flips[lag:] * flips[:-lag]).mean()) < bound
+    for (one, first), (other, second) in itertools.combinations(drawn.items(), 2):
+        assert abs((first * second).mean()) < bound, (one, other)
 
 
 @pytest.mark.skipif(bool(ops.missing("cpu")), reason="no native library")

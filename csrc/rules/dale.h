@@ -12,11 +12,11 @@ struct Multiplicative {
   OZ_FN explicit Multiplicative(const double* h)
       : form(h[0]), clip(h[1] < largest_exponent<T> ? h[1] : largest_exponent<T>), min_abs(h[2]), max_abs(h[3]) {}
 
-  OZ_FN T pull(T param) const { return form != 0 ? sign(param) : param; }
+  OZ_FN T pull(T param) const { return form != 0 ? param != 0 ? std::copysign(T(1), param) : T(0) : param; }
 
   // The parameter after `move`, the step that a plain rule would add.
   OZ_FN T moved(T param, T move) const {
-    const T exponent = param < 0 ? -move : move;
+    const T exponent = std::copysign(T(1), param) * move;
     const T low = exponent < clip ? exponent : clip;
     T size = std::abs(param) * exponential(low > -clip ? low : -clip);
     size = size > min_abs ? size : min_abs;
@@ -26,7 +26,7 @@ struct Multiplicative {
   }
 
   // Whether a coordinate takes part in the step: what is not finite is not written.
-  OZ_FN bool steps(T grad, T move) const { return form == 0 || (grad - grad) + (move - move) == 0; }
+  OZ_FN bool steps(T move) const { return form == 0 || move - move == 0; }
 };
 
 // Exponentiated gradient (Kivinen and Warmuth, 1997; Cornford et al., 2024).
@@ -41,7 +41,8 @@ struct DaleSGD : Multiplicative<T> {
 
   OZ_FN void operator()(T& param, T grad) const {
     const T move = -lr * grad;
-    param = this->steps(grad, move) ? this->moved(param, move) : param;
+    const T moved = this->moved(param, move);  // whether it steps or not: so it stays out of the choice
+    param = this->steps(move) ? moved : param;
   }
 };
 OZ_RULE(DaleSGD)
@@ -62,9 +63,10 @@ struct DaleSGDMomentum : Multiplicative<T> {
     const T average = momentum * momentum_buffer + weight * grad;
     const T direction = ahead != 0 ? grad + momentum * average : average;
     const T move = -lr * direction;
-    const bool steps = this->steps(grad, move);
+    const T moved = this->moved(param, move);
+    const bool steps = this->steps(move);
     momentum_buffer = steps ? average : momentum_buffer;
-    param = steps ? this->moved(param, move) : param;
+    param = steps ? moved : param;
   }
 };
 OZ_RULE(DaleSGDMomentum)
@@ -90,10 +92,11 @@ struct DaleAdamW : Multiplicative<T> {
     const T average = lerp(grad, exp_avg, weight1);
     const T square = beta2 * exp_avg_sq + weight2 * grad * grad;
     const T move = -step_size * average / (std::sqrt(square) * root_correction + eps);
-    const bool steps = this->steps(grad, move);
+    const T moved = this->moved(param, move);
+    const bool steps = this->steps(move);
     exp_avg = steps ? average : exp_avg;
     exp_avg_sq = steps ? square : exp_avg_sq;
-    param = steps ? this->moved(param, move) : param;
+    param = steps ? moved : param;
   }
 };
 OZ_RULE(DaleAdamW)
@@ -126,7 +129,7 @@ struct DaleLangevin : Multiplicative<T> {
     // moved() multiplies by the sign, which is its own inverse.
     const T move = -rate * grad + direction * (drift + shake * noise);
     const T step = this->form != 0 ? move : -lr * grad + spread * noise;
-    param = this->steps(grad, step) ? this->moved(param, step) : param;
+    param = this->steps(step) ? this->moved(param, step) : param;
   }
 };
 OZ_RULE(DaleLangevin)
