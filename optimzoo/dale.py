@@ -176,8 +176,6 @@ class _Dale(Elementwise):
 
     def init(self, name: str, param: Tensor) -> Tensor:
         """The first value of a state tensor: the parameter's sign, or zeros like the parameter."""
-        if name == "noise":  # room for it
-            return torch.empty_like(param, dtype=torch.float64 if param.dtype is torch.float64 else torch.float32)
         return param.detach().sign().to(torch.int8) if name == "sign" else super().init(name, param)
 
     def check_signs(self) -> None:
@@ -550,6 +548,12 @@ class DaleLangevin(_Dale):
 
     def settings(self, group: Group) -> Group:
         return {**super().settings(group), "kind": _NOISES.index(group["noise"])}
+
+    def init(self, name: str, param: Tensor) -> Tensor:
+        """The first value of a state tensor: room for the noise, or what all Dale classes have."""
+        if name == "noise":
+            return torch.empty_like(param, dtype=torch.float64 if param.dtype is torch.float64 else torch.float32)
+        return super().init(name, param)
 
     def _prepare(self, calls: list[tuple[Group, str, Batch]]) -> Tensor | None:
         places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from optimzoo.optimizer import check_number
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class GeometricBrownian:
     sigma: float = 0.8
 
     def __post_init__(self) -> None:
-        _check_number("mu", self.mu, "finite", lambda mu: -math.inf < mu < math.inf)
-        _check_number("sigma", self.sigma, "finite and > 0", lambda sigma: 0 < sigma < math.inf)
+        check_number("mu", self.mu, -math.inf, math.inf, "finite", above=True)
+        check_number("sigma", self.sigma, 0.0, math.inf, "finite and > 0", above=True)
 
     def noise(self, x0: Tensor, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         r"""Draw :math:`X_t` given :math:`X_0`.
@@ -142,8 +143,8 @@ class GeometricBrownian:
                 raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
         if delta is None:
             delta = 1 / (steps * repeats)
-        _check_number("delta", delta, "finite and > 0", lambda delta: 0 < delta < math.inf)
-        _check_number("damping", damping, "in [0, 1]", lambda damping: 0 <= damping <= 1)
+        check_number("delta", delta, 0.0, math.inf, "finite and > 0", above=True)
+        check_number("damping", damping, 0.0, math.nextafter(1.0, 2.0), "in [0, 1]")
         variance = self.sigma**2
         for done in range(steps * repeats):
             t = x.new_full(x.shape[:1], (steps - done // repeats) / steps)
@@ -210,10 +211,3 @@ def _check_values(name: str, tensor: Tensor) -> None:
     index = (~fits).nonzero()[0].tolist()
     allowed = "in (0, 1]" if name == "t" else "finite and > 0"
     raise ValueError(f"{name} must be {allowed}, got {tensor[tuple(index)].item()!r} at {index}")
-
-
-def _check_number(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
-    if not fits(value):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
