@@ -25,7 +25,9 @@ from optimzoo.consensus import (
     SURVIVORS,
     Bounds,
     Column,
+    Ranks,
     adam_moved,
+    best_of,
     critical_diffusion,
     draw_of,
     effective_alpha,
@@ -212,7 +214,8 @@ class CBO(Optimizer):
     particle with a loss that is not finite weighs nothing. ``best`` is the best of all points that were evaluated. The
     noise is a function of seed, step, particle and
     coordinate: results depend neither on threads nor, up to rounding, on processes, and there is no generator to save.
-    Particles are float32 for 16-bit parameters. If the closure raises, or the step is interrupted, nothing has changed.
+    Particles are float32 for 16-bit parameters. If the closure raises or is interrupted, nothing has changed; in the
+    move, an interrupt waits for its end.
     """
 
     def __init__(
@@ -267,7 +270,7 @@ class CBO(Optimizer):
             raise TypeError(f"module must be a torch.nn.Module, got {module!r}")
         if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
-        self.module, self.process_group = module, process_group
+        self.module, self.process_group, self._ranks = module, process_group, Ranks(process_group)
         super().__init__(params, defaults)
         self._complete_groups = True
         self._warn_of_spread()
@@ -289,12 +292,12 @@ class CBO(Optimizer):
         try:
             self._check_group(group)
             _check_uniform(self.param_groups, _GLOBAL)
+            if self._complete_groups:
+                self._warn_of_spread()
             self._grow(group)
         except BaseException:
             self.param_groups.pop()
             raise
-        if self._complete_groups:
-            self._warn_of_spread()
 
     def _warn_of_spread(self) -> None:
         """Warn if the distance to a consensus that stays where it is would grow."""
@@ -360,8 +363,8 @@ class CBO(Optimizer):
             raise ValueError(f"correction goes with rule='drift', got rule={group['rule']!r}")
         if group["memory"] and (group["kernel"] or group["rule"] != "drift"):
             raise ValueError("memory goes with rule='drift' and without a kernel")
-        if group["n_particles"] < 2 * self._world:
-            raise ValueError(f"n_particles must be at least two for each of {self._world} processes")
+        if group["n_particles"] < 2 * self._ranks.size:
+            raise ValueError(f"n_particles must be at least two for each of {self._ranks.size} processes")
 
     @property
     def _params(self) -> list[Tensor]:
@@ -392,8 +395,7 @@ class CBO(Optimizer):
             return
         dtype, device, swarm = self._dtype, self._first.device, dict(self._swarm)
         if not swarm:
-            runs, (count, remainder) = group["n_runs"], divmod(group["n_particles"], self._world)
-            first, local = self._rank * count + min(self._rank, remainder), count + (self._rank < remainder)
+            runs, (first, local) = group["n_runs"], self._ranks.share(group["n_particles"])
             worst = torch.full((runs,), math.inf, dtype=torch.float64, device=device)
             energies = worst[:, None].repeat(1, local)
             empty = torch.empty(runs, local, 0, dtype=dtype, device=device)
@@ -516,17 +518,17 @@ class CBO(Optimizer):
         swarm, options = self._swarm, self.param_groups[0]
         if swarm["step"] == 0:
             return int(swarm["count"])
-        size, now = options["particle_batch"] or 1, self._spread()
+        size, now = options["particle_batch"] or 1, spread(swarm["particles"], swarm["count"], self._ranks.reduce)
         # Runs stay together: the one that has shrunk least decides.
         ratio = float((now / swarm["spread"]).nan_to_num(1.0).max())
         count = survivors(swarm["count"], ratio, mu, size)
         changes: dict[str, Any] = dict(spread=now, count=count)
         if count < swarm["count"]:
             order = random.permutation(swarm["count"], seed=options["seed"], draw=draw_of(swarm["step"], SURVIVORS))
-            keep, first = order[:count].sort().values - swarm["first"], swarm["first"]
+            keep = order[:count].sort().values - swarm["first"]
             here = keep[(keep >= 0) & (keep < swarm["particles"].shape[1])].to(now.device)
             changes.update({name: swarm[name][:, here] for name in _OF_PARTICLES if name in swarm})
-            changes.update(first=int((keep < 0).sum()) if first else 0, queue=swarm["queue"][:0])
+            changes.update(first=int((keep < 0).sum()), queue=swarm["queue"][:0])
         swarm.update(changes)
         return count
 
@@ -552,7 +554,7 @@ class CBO(Optimizer):
         if batched and self.module is not None:
             raise ValueError("module is for closures that evaluate the live parameters, not for batched=True")
         options, swarm, rates = self.param_groups[0], self._swarm, self._rates()
-        t, old = swarm["step"], swarm["consensus"]
+        t = swarm["step"]
         x = projected(swarm["particles"], options["bounds"])  # the user may have written to them
         index, queue = self._batch()
         wants_loss = bool(options["correction"] or options["evaluate_consensus"] or self.module is not None)
@@ -563,19 +565,19 @@ class CBO(Optimizer):
         buffers = [] if self.module is None else list(self.module.buffers())
         changes: dict[str, Any] = dict(step=t + 1, queue=queue)
         if t == 0:
-            changes.update(spread=self._spread())
+            changes.update(spread=spread(x, swarm["count"], self._ranks.reduce))
 
-        best = swarm["best"], swarm["best_loss"]
-        with Evaluation(closure, self._params, self._views, batched, seed, buffers, *best) as evaluation:
+        known = swarm["best"], swarm["best_loss"]
+        with Evaluation(closure, self._params, self._views, batched, seed, buffers, *known) as evaluation:
             seen = self._energies(evaluation, x, index)
-            lowest = self._reduce(least(seen), "min")
+            lowest = self._ranks.reduce(least(seen), "min")
             changes.update(energies=_at(index, seen, swarm["energies"]))
             points, energies = x, seen
             if options["memory"]:
                 points, energies = self._personal_bests(evaluation, rates, x, seen, index)
                 changes.update(memory=points, memory_energies=energies)
                 energies = _at(index, energies, torch.full_like(energies, math.inf))
-            alive = (self._reduce(least(energies), "min") if options["memory"] else lowest) < math.inf
+            alive = (self._ranks.reduce(least(energies), "min") if options["memory"] else lowest) < math.inf
             every = bool(alive.all())
             if not every:
                 warn(
@@ -584,21 +586,11 @@ class CBO(Optimizer):
 
             alpha = torch.full_like(swarm["alpha"], options["alpha"])
             if options["ess"] is not None:
-                alpha = effective_alpha(self._gathered(energies), options["ess"], swarm["alpha"], options["alpha_max"])
-            weight: Tensor | None = None
-            if options["kernel"]:
-                kernel = {name: options[name] for name in ("kernel", "kappa", "kernel_alpha")}
-                towards = polarised_means(x, self._gathered(x), self._gathered(energies), alpha, **kernel)
-                c = torch.where(alive[:, None], self._owned(towards, energies, lowest), old)
-            else:
-                weight = weights(energies, alpha, self._reduce if self._world > 1 else None)
-                first = wants_loss or not every or self._world > 1
-                if native and not first and options["kick_below"] is None and options["bounds"] is None:
-                    c = torch.empty_like(old)  # the native step finds it on its way
-                else:
-                    c = torch.where(alive[:, None], self._reduce(mean(weight, points), "sum"), old)
-                    c, weight = projected(c, options["bounds"]), None
-                towards = c[:, None]
+                every_energy = self._of_all(energies)
+                alpha = effective_alpha(every_energy, options["ess"], swarm["alpha"], options["alpha_max"])
+            later = native is not None and every and not wants_loss and self._ranks.size == 1
+            later = later and options["kick_below"] is None and options["bounds"] is None
+            c, towards, weight = self._consensus(x, points, energies, alpha, alive, later)
 
             loss, gates = lowest, None
             if wants_loss:
@@ -607,18 +599,19 @@ class CBO(Optimizer):
             if options["correction"]:
                 share = gate(changes["energies"], loss, options["correction"], options["correction_eps"])
                 gates = share, share if options["correction_on"] == "both" else torch.ones_like(share)
+            partial = index if options["update"] == "partial" else None
             moves = None
-            if not every or (index is not None and options["update"] == "partial"):
-                turn = _at(index if options["update"] == "partial" else None, 1, torch.zeros_like(seen))
-                moves = alive[:, None] & (turn > 0)
+            if not every or partial is not None:
+                moves = alive[:, None] & (_at(partial, 1, torch.zeros_like(seen)) > 0)
             if native:
                 move = self._native_move(native, rates, c, weight, gates, moves)
             else:
                 new = self._moved(evaluation, rates, x, towards, gates, moves, changes)
                 move = functools.partial(swarm["particles"].copy_, new)
-            changes.update(self._best(evaluation), alpha=alpha)
+            best, best_loss = self._ranks.best(evaluation.best, evaluation.best_loss)
+            changes.update(best=best, best_loss=best_loss, alpha=alpha)
             kick = self._kick(rates, alive, changes)
-            shown = int(changes["best_loss"].argmin()) if len(alive) > 1 else 0
+            shown = int(best_loss.argmin()) if len(alive) > 1 else 0
 
         with uninterrupted():  # and nothing fails from here on
             move()
@@ -679,10 +672,27 @@ class CBO(Optimizer):
         energies[:, index] = evaluation.losses(points[:, index])
         return energies
 
-    def _best(self, evaluation: Evaluation) -> dict[str, Tensor]:
-        """The best of all points that were evaluated, here or by another process."""
-        lowest = self._reduce(evaluation.best_loss, "min")
-        return dict(best=self._from_owner(evaluation.best, evaluation.best_loss == lowest), best_loss=lowest)
+    def _consensus(
+        self, x: Tensor, points: Tensor, energies: Tensor, alpha: Tensor, alive: Tensor, later: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The consensus and what each particle moves towards; if the move is to find them ``later``, the weights."""
+        options, old = self.param_groups[0], self._swarm["consensus"]
+        if options["kernel"]:
+            kernel = {name: options[name] for name in ("kernel", "kappa", "kernel_alpha")}
+            towards = polarised_means(x, self._of_all(x), self._of_all(energies), alpha, **kernel)
+            c, _ = self._ranks.best(*best_of(towards, energies))
+            return projected(torch.where(alive[:, None], c, old), options["bounds"]), towards, None
+        weight = weights(energies, alpha, self._ranks.reduce if self._ranks.size > 1 else None)
+        if later:
+            c = torch.empty_like(old)
+            return c, c[:, None], weight
+        c = self._ranks.reduce(mean(weight, points), "sum")
+        c = projected(torch.where(alive[:, None], c, old), options["bounds"])
+        return c, c[:, None], None
+
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """The particles of all processes, or their energies, from those here."""
+        return self._ranks.gathered(rows, self._swarm["first"], self._swarm["count"])
 
     def _personal_bests(
         self, evaluation: Evaluation, rates: Rates, x: Tensor, seen: Tensor, index: Tensor | None
@@ -798,51 +808,6 @@ class CBO(Optimizer):
         ends = torch.tensor([0, *self._ends], device=like.device)
         return torch.tensor(values, dtype=like.dtype, device=like.device).repeat_interleave(ends.diff())
 
-    # Processes
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.process_group is None else torch.distributed.get_world_size(self.process_group)
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
-
-    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
-        """Combine with the tensors of the other ranks, by "min" or "sum"."""
-        if self._world == 1:
-            return tensor
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        reductions = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
-        torch.distributed.all_reduce(tensor, reductions[op], group=self.process_group)
-        return tensor
-
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """The particles of all ranks, or their energies, from those here."""
-        if self._world == 1:
-            return rows
-        first, every = self._swarm["first"], rows.new_zeros(rows.shape[0], self._swarm["count"], *rows.shape[2:])
-        every[:, first : first + rows.shape[1]] = rows
-        return self._reduce(every, "sum")
-
-    def _owned(self, points: Tensor, energies: Tensor, lowest: Tensor) -> Tensor:
-        """The point of the lowest energy of all ranks."""
-        if energies.shape[1] == 0:
-            return self._from_owner(points.new_zeros(points.shape[0], points.shape[2]), lowest.isnan())
-        own, where = energies.min(-1)
-        return self._from_owner(points[torch.arange(len(where), device=where.device), where], own == lowest)
-
-    def _from_owner(self, own: Tensor, has: Tensor) -> Tensor:
-        """The rows of the first rank that has them."""
-        if self._world == 1:
-            return own
-        owner = self._reduce(torch.where(has, self._rank, self._world), "min")
-        return self._reduce(torch.where((owner == self._rank)[:, None], own, 0), "sum")
-
-    def _spread(self) -> Tensor:
-        swarm = self._swarm
-        return spread(swarm["particles"], swarm["count"], self._reduce if self._world > 1 else None)
-
     # Checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
@@ -852,7 +817,7 @@ class CBO(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("module", None)
         self.__dict__.setdefault("process_group", None)
-        self._complete_groups = True
+        self._ranks, self._complete_groups = Ranks(self.process_group), True
         for group in self.param_groups:  # a pickle of an older version lacks what has been added since
             for name in (*_PER_GROUP, *_GLOBAL):  # torch puts a setting of its own among the defaults
                 group.setdefault(name, self.defaults.get(name))

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from optimzoo.consensus import best_of
+
 # What the intermediate results of the copies that run together may take: bench/cbo.py measures it ("chunks").
 CHUNK_BYTES = 32 * 2**20
 
@@ -207,10 +209,9 @@ class Evaluation:
 
     def _compare(self, points: Tensor, losses: Tensor) -> Tensor:
         losses = losses.nan_to_num(math.inf, math.inf, math.inf)
-        lowest, where = losses.min(-1)
+        found, lowest = best_of(points, losses)
         better = lowest < self.best_loss
         if better.any():
-            found = points[torch.arange(len(where), device=where.device), where]
             self.best = torch.where(better[:, None], found, self.best)
             self.best_loss = torch.where(better, lowest, self.best_loss)
         return losses

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Ten
 def least(energies: Tensor) -> Tensor:
     """The lowest of each run; infinite where this process holds none."""
     return energies.amin(-1) if energies.shape[-1] else energies.new_full(energies.shape[:1], math.inf)
+
+
+def best_of(points: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
+    """The point of the lowest energy of each run, and that energy; infinite where this process holds none."""
+    if not energies.shape[-1]:
+        return points.new_zeros(points.shape[0], points.shape[2]), least(energies)
+    lowest, where = energies.min(-1)
+    return points[torch.arange(len(where), device=where.device), where], lowest
 
 
 def mean(weight: Tensor, points: Tensor) -> Tensor:
@@ -209,17 +217,16 @@ def next_batch(queue: Tensor, size: int, order: Tensor, leftover: str) -> tuple[
     return queue[:size], queue[size:]
 
 
-def spread(points: Tensor, count: int, reduce: Callable[[Tensor, str], Tensor] | None = None) -> Tensor:
+def spread(points: Tensor, count: int, reduce: Callable[[Tensor, str], Tensor]) -> Tensor:
     """The norm of the variances of the coordinates, float64, shape (runs,).
 
     ``count`` is how many particles there are, and ``reduce`` combines a tensor with those of other processes.
     """
-    variance, center = torch.var_mean(points, 1, correction=0)
-    if reduce is not None:
-        share = points.shape[1] / count
-        variance, center = variance.nan_to_num(0.0), center.nan_to_num(0.0)  # of a process without particles
-        middle = reduce(share * center, "sum")
-        variance = reduce(share * (variance + (center - middle).square()), "sum")
+    share, (variance, center) = points.shape[1] / count, torch.var_mean(points, 1, correction=0)
+    if share == 0:  # a process without particles
+        variance, center = torch.zeros_like(variance), torch.zeros_like(center)
+    middle = reduce(share * center, "sum")
+    variance = reduce(share * (variance + (center - middle).square()), "sum")
     norm: Tensor = torch.linalg.vector_norm(variance, dim=-1)
     return norm.double()
 
@@ -257,3 +264,54 @@ def critical_diffusion(drift: float, dim: int = 1) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if expected_log_ratio(drift, middle, dim) < 0 else (low, middle)
     return low
+
+
+# Processes
+
+
+class Ranks:
+    """The processes of a group, each with particles of its own; without a group, this one alone.
+
+    All must make the same calls, also those without particles.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
+    def number(self) -> int:
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
+    def share(self, count: int) -> tuple[int, int]:
+        """Of ``count`` particles, the number of the first one here, and how many are here."""
+        each, more = divmod(count, self.size)
+        return self.number * each + min(self.number, more), each + (self.number < more)
+
+    def reduce(self, tensor: Tensor, op: str) -> Tensor:
+        """Combine with the tensors of the others, by "min" or "sum"."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        reductions = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
+        torch.distributed.all_reduce(tensor, reductions[op], group=self.group)
+        return tensor
+
+    def gathered(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """All of ``count`` particles, or their energies, from those that are here, which begin with ``first``."""
+        if self.size == 1:
+            return rows
+        every = rows.new_zeros(rows.shape[0], count, *rows.shape[2:])
+        every[:, first : first + rows.shape[1]] = rows
+        return self.reduce(every, "sum")
+
+    def best(self, point: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a point of each process, the one of the lowest energy, for each run; and that energy."""
+        if self.size == 1:
+            return point, energy
+        lowest = self.reduce(energy, "min")
+        owner = self.reduce(torch.where(energy == lowest, self.number, self.size), "min")
+        return self.reduce(torch.where((owner == self.number)[:, None], point, 0), "sum"), lowest

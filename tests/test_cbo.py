@@ -1085,7 +1085,7 @@ def test_what_fails_before_the_move_leaves_no_half_of_a_step(variant, error, mon
     optimizer = make(**INTERRUPTED[variant])
     run(optimizer, 2)
     before = snapshot(optimizer)
-    failing = dict(defaults="_native_move", isotropic="_native_move", kick="_noise", memory="_noise", bounds="_best")
+    failing = dict(defaults="_native_move", isotropic="_native_move", kick="_noise", memory="_noise", bounds="_kick")
 
     def fail(*_, **__):
         raise error
@@ -1291,6 +1291,19 @@ def test_ten_steps_are_those_of_cbx_to_1e_9():
 
 
 # The solution
+
+
+@pytest.mark.parametrize("function", ["rastrigin", "ackley"])
+def test_a_function_may_be_evaluated_in_parts(function):
+    value = FUNCTIONS[function].value
+    x = torch.randn(3, 1000, 40, dtype=torch.float64, requires_grad=True)  # two parts
+    losses = value(x)
+    assert losses.shape == (3, 1000)
+    for run, i in ((0, 0), (1, 637), (1, 638), (2, 999)):
+        torch.testing.assert_close(losses[run, i], value(x[run, i]), rtol=1e-14, atol=1e-13)
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    (last,) = torch.autograd.grad(value(x[2, 999]), x)
+    torch.testing.assert_close(gradient[2, 999], last[2, 999], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["rastrigin", "ackley"])
