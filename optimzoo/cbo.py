@@ -416,7 +416,7 @@ class CBO(Optimizer):
         random.normal(around, seed=group["seed"], draw=draw_of(swarm["step"], INIT), first=swarm["first"])
         around = around[..., old:].mul_(group["init_std"]).add_(center)
         if swarm["first"] == 0:
-            around[:, 0] = center
+            around[:, :1] = center
         for name in (name for name in _POINTS if name in swarm):
             average, alone = name.startswith("exp_avg"), name in ("consensus", "best")
             new = torch.zeros_like(around) if average else center.repeat(runs, 1) if alone else around
@@ -858,6 +858,8 @@ class CBO(Optimizer):
         needs = {*_SHAPES, *_NUMBERS}
         needs -= set() if options["memory"] else {"memory", "memory_energies"}
         needs -= set() if options["rule"] == "adam" else {"exp_avg", "exp_avg_sq"}
+        if not isinstance(state, dict):
+            raise ValueError(f"the state of {owner} must be a dictionary, got {state!r}")
         if not needs <= state.keys():
             raise ValueError(f"the state of {owner} lacks {', '.join(sorted(needs - state.keys()))}")
         for name in _NUMBERS:
@@ -872,11 +874,12 @@ class CBO(Optimizer):
             expected = tuple(sizes.get(size, size) for size in _SHAPES[name])
             if not isinstance(value, Tensor) or shape != expected or value.is_floating_point() != floating:
                 got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else repr(value)
-                kind = "floating-point" if floating else "integer"
-                raise ValueError(f"{name} of {owner} must be a {kind} tensor of shape {expected}, got {got}")
-        if state["first"] + sizes["particles"] > state["count"]:
+                kind = "a floating-point" if floating else "an integer"
+                raise ValueError(f"{name} of {owner} must be {kind} tensor of shape {expected}, got {got}")
+        first, here, count = state["first"], sizes["particles"], state["count"]
+        if first + here > count or (self._ranks.size == 1 and here < count):
             raise ValueError(
-                f"{owner} has particles {state['first']} to {state['first'] + sizes['particles']} of {state['count']}"
+                f"{owner} has {here} particles, from number {first} on, of {count}; processes: {self._ranks.size}"
             )
 
 

@@ -1159,6 +1159,7 @@ def test_a_gradient_needs_a_graph_and_leaves_grad_alone():
     ("change", "message"),
     [
         (lambda d: d.pop("state"), "state_dict lacks 'state'"),
+        (lambda d: d["state"].update({0: 3}), "the state of parameter 0 must be a dictionary, got 3"),
         (lambda d: d.update(state={}), "the state of parameter 0 lacks alpha, best, best_loss"),
         (lambda d: d["state"][0].pop("memory"), "the state of parameter 0 lacks memory"),
         (
@@ -1170,10 +1171,11 @@ def test_a_gradient_needs_a_graph_and_leaves_grad_alone():
         (lambda d: d["state"][0].update(best=torch.zeros(1, 3)), r"best of parameter 0 must be .* shape \(1, 7\)"),
         (lambda d: d["state"][0].update(memory=torch.zeros(1, 3, 7)), r"memory of parameter 0 must .* \(1, 9, 7\)"),
         (lambda d: d["state"][0].update(alpha=torch.ones(4)), r"alpha of parameter 0 must be .* shape \(1,\)"),
-        (lambda d: d["state"][0].update(waited=torch.ones(1)), "waited of parameter 0 must be a integer"),
+        (lambda d: d["state"][0].update(waited=torch.ones(1)), "waited of parameter 0 must be an integer"),
         (lambda d: d["state"][0].update(energies=3), "energies of parameter 0 must be a floating-point .* got 3"),
         (lambda d: d["state"][0].update(step=-1), "step of parameter 0 must be a whole number >= 0, got -1"),
-        (lambda d: d["state"][0].update(count=4), "parameter 0 has particles 0 to 9 of 4"),
+        (lambda d: d["state"][0].update(count=4), "parameter 0 has 9 particles, from number 0 on, of 4"),
+        (lambda d: d["state"][0].update(count=20), "of 20; processes: 1"),
         (lambda d: d["state"][0].update(queue=torch.zeros(2, 2).long()), "queue of parameter 0 must be"),
     ],
 )
