@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,30 +14,38 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from optimzoo import ops, random
-from optimzoo.closure import Evaluation
+from optimzoo.closure import Evaluation, uninterrupted
 from optimzoo.consensus import (
     CLOSURE,
     INIT,
     KICK,
     MEMORY_NOISE,
     NOISE,
+    ORDER,
     SURVIVORS,
+    Bounds,
     Column,
+    Ranks,
     adam_moved,
-    batch_indices,
+    best_of,
     critical_diffusion,
     draw_of,
     effective_alpha,
     expected_log_ratio,
     gate,
+    least,
     mean,
     moved,
+    next_batch,
     polarised_means,
+    project_,
+    projected,
+    smoothed,
     spread,
     survivors,
     weights,
 )
-from optimzoo.optimizer import Group, check_flags, check_number, warn
+from optimzoo.optimizer import Group, check_flags, check_number, load_state, warn
 
 # What the settings may be: lower bound, upper bound (excluded), how to say it.
 _TINY = math.nextafter(0.0, 1.0)
@@ -51,6 +60,8 @@ _RANGES = dict(
     noise_clip=_POSITIVE,
     lamda_memory=_ANY,
     sigma_memory=_ANY,
+    memory_kappa=_ANY,
+    memory_beta=_POSITIVE,
     grad_drift=_ANY,
     kappa=_POSITIVE,
     alpha_growth=_POSITIVE,
@@ -67,16 +78,37 @@ _CHOICES: dict[str, tuple[str | None, ...]] = dict(
     rule=("drift", "hopping", "adam"),
     correction=(None, "heaviside", "regularised"),
     correction_on=("both", "drift"),
-    memory=(None, "fixed", "reevaluated"),
+    memory=(None, "fixed", "reevaluated", "smooth"),
     memory_order=("sequential", "euler"),
     kernel=(None, "gaussian", "laplace", "inverse_quadratic", "bounded"),
 )
-_COUNTS = dict(n_particles=2, n_runs=1, particle_batch=2, patience=1)
+_COUNTS = dict(n_particles=2, n_runs=1, particle_batch=2, patience=1, sigma_decay_every=1)
 # What each group has its own of, and what is one for all.
 _PER_GROUP = ("lr", "lamda", "sigma")
 _GLOBAL = ("seed", "alpha", "init_std", "betas", "correction_eps", "noise_clip", "lamda_memory", "sigma_memory",
-           "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max", "sigma_decay", "ess", "kick_below",
-           "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
+           "memory_kappa", "memory_beta", "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max",
+           "sigma_decay", "ess", "kick_below", "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
+
+# The state: of which shape each of its tensors is. Those of coordinates have the dtype of the particles.
+_SHAPES = dict(
+    particles=("runs", "particles", "coordinates"),
+    energies=("runs", "particles"),
+    consensus=("runs", "coordinates"),
+    consensus_loss=("runs",),
+    best=("runs", "coordinates"),
+    best_loss=("runs",),
+    alpha=("runs",),
+    spread=("runs",),
+    waited=("runs",),
+    queue=("waiting",),
+    memory=("runs", "particles", "coordinates"),
+    memory_energies=("runs", "particles"),
+    exp_avg=("runs", "particles", "coordinates"),
+    exp_avg_sq=("runs", "particles", "coordinates"),
+)
+_POINTS = tuple(name for name, shape in _SHAPES.items() if shape[-1] == "coordinates")
+_OF_PARTICLES = tuple(name for name, shape in _SHAPES.items() if "particles" in shape)
+_NUMBERS = ("step", "epoch", "first", "count")
 
 
 class Rates(NamedTuple):
@@ -103,7 +135,8 @@ class CBO(Optimizer):
     ``backward``; it is called for each particle. With ``step(closure, batched=True)`` it is called once, with a list
     that has a tensor of shape (n_runs, n_particles, \*p.shape) for each parameter, in the order of the groups, and
     returns losses of shape (n_runs, n_particles); :func:`optimzoo.closure.vmapped` makes such a closure from the loss
-    of one copy. (Mini-batches and the consensus come with other numbers of particles.) ``step`` returns the loss of the
+    of one copy. It must not write to what it is given, which is no copy. (Mini-batches and the consensus come with
+    other numbers of particles.) ``step`` returns the loss of the
     consensus where that was evaluated, else the lowest of the particles; a tensor of shape (n_runs,) for several runs.
 
     Args:
@@ -115,7 +148,8 @@ class CBO(Optimizer):
         sigma: noise, :math:`\sigma`, per root of the unit of time. Only :math:`\lambda\gamma` and
             :math:`\sigma\sqrt\gamma` matter. Default :math:`\sqrt{0.4}`.
         alpha: how sharply the weights prefer low losses, :math:`\alpha > 0`, in units of 1 / loss. Default 50, which
-            the authors use with a cross-entropy divided by 10.
+            the authors use with a cross-entropy divided by 10. One for all groups; write to them for a schedule of
+            your own.
         noise: ``"anisotropic"`` or ``"isotropic"``. Isotropic noise contracts only for sigma below about
             :math:`\sqrt{2\lambda/d}`: not for networks. Default anisotropic.
         n_runs: independent runs at once; the parameters hold the consensus of the run that has seen the lowest loss.
@@ -123,7 +157,7 @@ class CBO(Optimizer):
         particle_batch: evaluate this many particles a step, drawn without replacement until all had their turn; the
             consensus comes from them alone. Default all.
         update: what a step with ``particle_batch`` moves: ``"full"``, all, or ``"partial"``, those evaluated.
-        leftover: particles left over at the end of a pass: ``"drop"``, or ``"carry"`` into the next pass.
+        leftover: particles left over at the end of a pass: ``"drop"``, or ``"carry"`` to the front of the next pass.
         init_std: particle 0 starts at the parameters, the others at a normal distance of this deviation. Write to
             ``particles`` for another start. Default 1.
         seed: an integer; by default one is drawn from torch's generator.
@@ -133,16 +167,19 @@ class CBO(Optimizer):
         betas: weights of the past in the averages of ``"adam"``. Default (0.9, 0.99).
         correction: let particles that are better than the consensus rest: ``"heaviside"``
             (:math:`H = 1[f(x_i) > f(c)]`), ``"regularised"`` (:math:`H = (1 + \tanh((f(x_i) - f(c))/\epsilon))/2`), or
-            ``None``. Costs an evaluation. Default ``None``.
+            ``None``. Where :math:`f(c)` is not finite, all move. Costs an evaluation. Default ``None``.
         correction_on: :math:`H` on ``"both"`` drift and noise, or on the ``"drift"`` alone.
         correction_eps: :math:`\epsilon`, in units of the loss. Default 1e-3.
         noise_clip: distances enter the noise truncated to this. Default ``None``.
         memory: ``"fixed"``: the consensus is that of the personal bests :math:`y_i`, and particles are drawn to theirs;
             ``"reevaluated"``: personal bests are evaluated in every step, as a loss of mini-batches needs, at twice the
-            cost. Default ``None``.
+            cost; ``"smooth"``: so they are, and move by
+            :math:`\kappa\gamma\, (x_i - y_i)\, (1 + \tanh(\beta(f(y_i) - f(x_i))))/2`. Default ``None``.
         lamda_memory, sigma_memory: drift and noise towards :math:`y_i`. Default 0.4 and ``lamda_memory * sigma``.
         memory_order: ``"sequential"``: the move towards :math:`y_i` starts where the other ended; ``"euler"``: both
             start from the same place.
+        memory_kappa, memory_beta: :math:`\kappa` and :math:`\beta` of smooth memory, per unit of time and in units of
+            1 / loss. Default 10, which moves all of the way at the default ``lr``, and 30.
         grad_drift: then move by ``-grad_drift * lr`` times the gradient at the particle, which costs a forward and a
             backward pass each. ``p.grad`` is not touched. Default 0.
         kernel: polarised consensus: each particle has its own, with weights that fall with the distance :math:`r`:
@@ -152,12 +189,13 @@ class CBO(Optimizer):
         kappa: the reach of the kernel, in units of the parameters. Default 1.
         kernel_alpha: multiply the kernel's exponent by ``alpha``. Default ``True``.
         alpha_growth, alpha_max: ``alpha`` is multiplied by the first after each step, up to the second. Default 1, 1e5.
-        sigma_decay: ``sigma`` is multiplied by it after each step. Default 1.
+        sigma_decay, sigma_decay_every: ``sigma`` is multiplied by the first after every so many steps. Default 1, 1.
         ess: choose ``alpha`` in each step so that the effective sample size is this share of the particles.
         kick_below: where no coordinate of the consensus has moved by this, add normal numbers times
             :math:`\sigma\sqrt\gamma` to all particles. Default ``None``.
         patience: after this many steps without a better loss, add normal numbers times :math:`0.1\sqrt\gamma`.
-        bounds: (low, high), to which coordinates are clamped. Default ``None``.
+        bounds: particles stay in a box, (low, high) for each coordinate, or in the ball of a radius about the origin,
+            a number; those outside are moved to the nearest point. Default ``None``.
         evaluate_consensus: evaluate the loss of the consensus in each step. Default ``False``.
         module: the network, if it has buffers that a forward pass changes (BatchNorm's running statistics): each
             evaluation then starts from the same, and what stays is the change by one evaluation of the consensus.
@@ -173,9 +211,11 @@ class CBO(Optimizer):
             moved.
 
     Every evaluation of a step sees the same random numbers (Dropout); torch's generators are left as they were. A
-    particle with a loss that is not finite weighs nothing. The noise is a function of seed, step, particle and
+    particle with a loss that is not finite weighs nothing. ``best`` is the best of all points that were evaluated. The
+    noise is a function of seed, step, particle and
     coordinate: results depend neither on threads nor, up to rounding, on processes, and there is no generator to save.
-    Particles are float32 for 16-bit parameters. If the closure raises, nothing has changed.
+    Particles are float32 for 16-bit parameters. If the closure raises or is interrupted, nothing has changed; in the
+    move, an interrupt waits for its end.
     """
 
     def __init__(
@@ -204,6 +244,8 @@ class CBO(Optimizer):
         lamda_memory: float = 0.4,
         sigma_memory: float | None = None,
         memory_order: str = "sequential",
+        memory_kappa: float = 10.0,
+        memory_beta: float = 30.0,
         grad_drift: float = 0.0,
         kernel: str | None = None,
         kappa: float = 1.0,
@@ -211,56 +253,31 @@ class CBO(Optimizer):
         alpha_growth: float = 1.0,
         alpha_max: float = 1e5,
         sigma_decay: float = 1.0,
+        sigma_decay_every: int = 1,
         ess: float | None = None,
         kick_below: float | None = None,
         patience: int | None = None,
-        bounds: tuple[float, float] | None = None,
+        bounds: Bounds | None = None,
         evaluate_consensus: bool = False,
         module: torch.nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        self.module, self.process_group = module, process_group
-        defaults = dict(
-            n_particles=n_particles,
-            lr=lr,
-            lamda=lamda,
-            sigma=sigma,
-            alpha=alpha,
-            noise=noise,
-            n_runs=n_runs,
-            particle_batch=particle_batch,
-            update=update,
-            leftover=leftover,
-            init_std=init_std,
-            seed=seed,
-            rule=rule,
-            betas=betas,
-            correction=correction,
-            correction_on=correction_on,
-            correction_eps=correction_eps,
-            noise_clip=noise_clip,
-            memory=memory,
-            lamda_memory=lamda_memory,
-            sigma_memory=sigma_memory,
-            memory_order=memory_order,
-            grad_drift=grad_drift,
-            kernel=kernel,
-            kappa=kappa,
-            kernel_alpha=kernel_alpha,
-            alpha_growth=alpha_growth,
-            alpha_max=alpha_max,
-            sigma_decay=sigma_decay,
-            ess=ess,
-            kick_below=kick_below,
-            patience=patience,
-            bounds=bounds,
-            evaluate_consensus=evaluate_consensus,
-        )
+        arguments = locals()
+        defaults = {name: arguments[name] for name in (*_PER_GROUP, *_GLOBAL)}
+        if module is not None and not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {module!r}")
+        if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
+        self.module, self.process_group, self._ranks = module, process_group, Ranks(process_group)
         super().__init__(params, defaults)
+        self._complete_groups = True
+        self._warn_of_spread()
 
     # Groups
+
+    _complete_groups = False  # until the constructor has added all of its groups
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with ``lr``, ``lamda`` and ``sigma`` of their own if they have them.
@@ -274,25 +291,35 @@ class CBO(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            _check_uniform(self.param_groups)
-            self._check_contraction(group)
+            _check_uniform(self.param_groups, _GLOBAL)
+            if self._complete_groups:
+                self._warn_of_spread()
             self._grow(group)
-        except Exception:
+        except BaseException:
             self.param_groups.pop()
             raise
 
-    def _check_contraction(self, group: Group) -> None:
+    def _warn_of_spread(self) -> None:
         """Warn if the distance to a consensus that stays where it is would grow."""
-        drift, root = group["lamda"] * float(group["lr"]), math.sqrt(float(group["lr"]))
-        dim = 1 if group["noise"] == "anisotropic" else sum(self._sizes)
-        if group["rule"] != "drift" or group["noise_clip"] is not None or drift == 0 or dim == 0:
+        options, rates = self.param_groups[0], self._rates()
+        dim = 1 if options["noise"] == "anisotropic" else sum(self._sizes)
+        if options["rule"] != "drift" or dim == 0:
             return
-        growth = expected_log_ratio(drift, group["sigma"] * root, dim)
-        if growth >= 0:
+        for group, root, drift, diffusion in zip(self.param_groups, *rates[1:], strict=True):
+            growth = expected_log_ratio(drift, diffusion, dim)
+            if root == 0 or growth < 0:
+                continue
+            if drift >= 2:
+                needs = f"lamda * lr must be below 2, and is {drift:.4g}"
+            elif drift == 0 and (diffusion == 0 or dim > 1):
+                needs = "lamda must be above 0"
+            else:
+                needs = f"sigma must be below {critical_diffusion(drift, dim) / root:.4g} at this lr and lamda"
+            clip = options["noise_clip"]
             warn(
                 f"particles will spread and not contract: at sigma={group['sigma']:.4g} the log of their distance to "
-                f"the consensus grows by {growth:.3g} a step; to shrink, it needs a sigma below "
-                f"{critical_diffusion(drift, dim) / root:.4g} at this lr and lamda"
+                f"the consensus grows by {growth:.3g} a step{'' if clip is None else f' below noise_clip={clip:.4g}'}; "
+                f"to shrink, {needs}"
             )
 
     def _check_group(self, group: Group) -> None:
@@ -308,42 +335,36 @@ class CBO(Optimizer):
         for name, (low, high, allowed) in _RANGES.items():
             if group[name] is not None or name not in _OPTIONAL:
                 check_number(name, group[name], low, high, allowed)
-        for name, least in _COUNTS.items():
+        for name, least_count in _COUNTS.items():
             value = group[name]
             if value is None and name in ("particle_batch", "patience"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value < least_count:
+                raise ValueError(f"{name} must be at least {least_count}, got {value}")
         for name, choices in _CHOICES.items():
             if group[name] not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {group[name]!r}")
         check_flags(group, "kernel_alpha", "evaluate_consensus")
-        seed, betas, bounds = group["seed"], group["betas"], group["bounds"]
+        seed, betas = group["seed"], group["betas"]
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for beta in betas:
             check_number("betas", beta, 0.0, 1.0, "in [0, 1)")
-        if bounds is not None and (not isinstance(bounds, tuple | list) or len(bounds) != 2 or bounds[0] >= bounds[1]):
-            raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+        _check_bounds(group["bounds"])
         if (group["particle_batch"] or 0) > group["n_particles"]:
             raise ValueError(
                 f"particle_batch must be at most n_particles={group['n_particles']}, got {group['particle_batch']}"
             )
-        self._check_combination(group)
-
-    def _check_combination(self, group: Group) -> None:
         if group["correction"] and group["rule"] != "drift":
             raise ValueError(f"correction goes with rule='drift', got rule={group['rule']!r}")
         if group["memory"] and (group["kernel"] or group["rule"] != "drift"):
             raise ValueError("memory goes with rule='drift' and without a kernel")
-        if group["kernel"] and self._world > 1:
-            raise ValueError("kernel needs all particles in one process; leave out process_group")
-        if group["n_particles"] < 2 * self._world:
-            raise ValueError(f"n_particles must be at least two for each of {self._world} processes")
+        if group["n_particles"] < 2 * self._ranks.size:
+            raise ValueError(f"n_particles must be at least two for each of {self._ranks.size} processes")
 
     @property
     def _params(self) -> list[Tensor]:
@@ -372,20 +393,18 @@ class CBO(Optimizer):
         """Make particles for the parameters of the last group."""
         if not group["params"]:
             return
-        dtype, device = self._dtype, self._first.device
-        swarm, runs, count = self._swarm, group["n_runs"], group["n_particles"]
+        dtype, device, swarm = self._dtype, self._first.device, dict(self._swarm)
         if not swarm:
-            rank, world = self._rank, self._world
-            first = rank * (count // world) + min(rank, count % world)
-            local = count // world + (rank < count % world)
-            energies = torch.full((runs, local), math.inf, dtype=torch.float64, device=device)
+            runs, (first, local) = group["n_runs"], self._ranks.share(group["n_particles"])
             worst = torch.full((runs,), math.inf, dtype=torch.float64, device=device)
-            swarm.update(step=0, epoch=0, batches=0, since=0, first=first, count=count)
+            energies = worst[:, None].repeat(1, local)
+            empty = torch.empty(runs, local, 0, dtype=dtype, device=device)
+            swarm.update(step=0, epoch=0, first=first, count=group["n_particles"])
+            swarm.update(particles=empty, consensus=empty[:, 0], best=empty[:, 0])
             swarm.update(energies=energies, best_loss=worst, consensus_loss=worst.clone(), spread=worst.clone())
             swarm.update(alpha=torch.full_like(worst, group["alpha"]))
             swarm.update(waited=torch.zeros(runs, dtype=torch.int64, device=device))
-            empty = torch.empty(runs, local, 0, dtype=dtype, device=device)
-            swarm.update(particles=empty, consensus=empty[:, 0], best=empty[:, 0])
+            swarm.update(queue=torch.empty(0, dtype=torch.int64, device=device))
             if group["memory"]:
                 swarm.update(memory=empty, memory_energies=energies.clone())
             if group["rule"] == "adam":
@@ -397,14 +416,16 @@ class CBO(Optimizer):
         random.normal(around, seed=group["seed"], draw=draw_of(swarm["step"], INIT), first=swarm["first"])
         around = around[..., old:].mul_(group["init_std"]).add_(center)
         if swarm["first"] == 0:
-            around[:, 0] = center
-        for name in _POINTS:
-            if name in swarm:
-                average, alone = name.startswith("exp_avg"), name in ("consensus", "best")
-                new = torch.zeros_like(around) if average else center.expand(runs, -1) if alone else around
-                # The particles of the first group are not copied: there may be memory for them once.
-                copied = old > 0 or name != "particles"
-                swarm[name] = torch.cat([swarm[name].to(dtype), new], -1) if copied else new
+            around[:, :1] = center
+        for name in (name for name in _POINTS if name in swarm):
+            average, alone = name.startswith("exp_avg"), name in ("consensus", "best")
+            new = torch.zeros_like(around) if average else center.repeat(runs, 1) if alone else around
+            # The particles of the first group are not copied: there may be memory for them once.
+            copied = old > 0 or name != "particles"
+            swarm[name] = torch.cat([swarm[name].to(dtype), new], -1) if copied else new
+            if group["bounds"] is not None and not average:
+                project_(swarm[name], group["bounds"])
+        self._swarm.update(swarm)
 
     # What can be read
 
@@ -426,7 +447,7 @@ class CBO(Optimizer):
 
     @property
     def alpha(self) -> Tensor:
-        """The present alpha of each run; write to it in place for a schedule of your own."""
+        """The alpha of each run in the last step."""
         alpha: Tensor = self._swarm["alpha"]
         return alpha
 
@@ -443,7 +464,7 @@ class CBO(Optimizer):
 
     @property
     def best(self) -> list[Tensor]:
-        r"""For each parameter, the particle of the lowest loss that each run has seen, shape (n_runs, \*p.shape)."""
+        r"""For each parameter, the point of the lowest loss that each run has seen, shape (n_runs, \*p.shape)."""
         return self._views(self._swarm["best"])
 
     @property
@@ -484,32 +505,31 @@ class CBO(Optimizer):
         epoch = self._swarm["epoch"]
         for group in self.param_groups:
             group["sigma"] *= math.log2(epoch + 1) / math.log2(epoch + 2)
-        self.alpha.mul_(2).clamp_(max=self.param_groups[0]["alpha_max"])
+            group["alpha"] = min(2 * group["alpha"], group["alpha_max"])
 
+    @torch.no_grad()
     def reduce(self, mu: float = 0.2) -> int:
         """Drop particles at random as their spread shrinks, at the end of an epoch; returns how many stay.
 
         The number is multiplied by (1 - mu) + mu times the ratio of spreads since the last call, within [1 - mu, 1],
-        and rounded up to whole mini-batches. The spread is the norm of the variances of the coordinates.
+        and rounded up to whole mini-batches, or two. The spread is the norm of the variances of the coordinates.
         """
         check_number("mu", mu, 0.0, 1.0, "in [0, 1)")
-        if self._world > 1:
-            raise RuntimeError("reduce is for particles in one process")
         swarm, options = self._swarm, self.param_groups[0]
         if swarm["step"] == 0:
             return int(swarm["count"])
-        size, now = options["particle_batch"] or 1, spread(swarm["particles"])
+        size, now = options["particle_batch"] or 1, spread(swarm["particles"], swarm["count"], self._ranks.reduce)
         # Runs stay together: the one that has shrunk least decides.
         ratio = float((now / swarm["spread"]).nan_to_num(1.0).max())
         count = survivors(swarm["count"], ratio, mu, size)
-        swarm["spread"] = now
+        changes: dict[str, Any] = dict(spread=now, count=count)
         if count < swarm["count"]:
             order = random.permutation(swarm["count"], seed=options["seed"], draw=draw_of(swarm["step"], SURVIVORS))
-            keep = order[:count].sort().values.to(now.device)
-            for name in ("particles", "energies", "memory", "memory_energies", "exp_avg", "exp_avg_sq"):
-                if name in swarm:
-                    swarm[name] = swarm[name][:, keep]
-            swarm.update(count=count, batches=0, since=swarm["step"])
+            keep = order[:count].sort().values - swarm["first"]
+            here = keep[(keep >= 0) & (keep < swarm["particles"].shape[1])].to(now.device)
+            changes.update({name: swarm[name][:, here] for name in _OF_PARTICLES if name in swarm})
+            changes.update(first=int((keep < 0).sum()), queue=swarm["queue"][:0])
+        swarm.update(changes)
         return count
 
     # The step
@@ -529,53 +549,48 @@ class CBO(Optimizer):
         """
         if closure is None:
             raise RuntimeError("CBO needs a closure that returns the loss: optimizer.step(closure)")
+        if not callable(closure):
+            raise TypeError(f"closure must be callable, got {closure!r}")
         if batched and self.module is not None:
             raise ValueError("module is for closures that evaluate the live parameters, not for batched=True")
         options, swarm, rates = self.param_groups[0], self._swarm, self._rates()
-        x, t, old = swarm["particles"], swarm["step"], swarm["consensus"]
-        index = self._batch()
-        plain = options["rule"] == "drift" and not (options["kernel"] or options["memory"] or options["grad_drift"])
-        native = ops.native("cbo_", x.device) if plain and x.is_contiguous() else None
+        t = swarm["step"]
+        x = projected(swarm["particles"], options["bounds"])  # the user may have written to them
+        index, queue = self._batch()
         wants_loss = bool(options["correction"] or options["evaluate_consensus"] or self.module is not None)
+        plain = options["rule"] == "drift" and not (options["kernel"] or options["memory"] or options["grad_drift"])
+        in_place = plain and x is swarm["particles"] and x.is_contiguous()
+        native = ops.native("cbo_", x.device) if in_place else None
         seed = random.integer(options["seed"], draw_of(t, CLOSURE))
         buffers = [] if self.module is None else list(self.module.buffers())
-        changes: dict[str, Any] = dict(step=t + 1, batches=swarm["batches"] + 1)
-        if t == 0 and self._world == 1:
-            changes.update(spread=spread(x))
+        changes: dict[str, Any] = dict(step=t + 1, queue=queue)
+        if t == 0:
+            changes.update(spread=spread(x, swarm["count"], self._ranks.reduce))
 
-        with Evaluation(closure, self._params, self._views, batched, seed, buffers) as evaluation:
+        known = swarm["best"], swarm["best_loss"]
+        with Evaluation(closure, self._params, self._views, batched, seed, buffers, *known) as evaluation:
             seen = self._energies(evaluation, x, index)
-            lowest, improved = self._compare(seen, changes)
+            lowest = self._ranks.reduce(least(seen), "min")
             changes.update(energies=_at(index, seen, swarm["energies"]))
             points, energies = x, seen
             if options["memory"]:
-                points, energies = self._personal_bests(evaluation, seen, index)
+                points, energies = self._personal_bests(evaluation, rates, x, seen, index)
                 changes.update(memory=points, memory_energies=energies)
                 energies = _at(index, energies, torch.full_like(energies, math.inf))
-            alive = (self._reduce(energies.amin(-1), "min") if options["memory"] else lowest) < math.inf
+            alive = (self._ranks.reduce(least(energies), "min") if options["memory"] else lowest) < math.inf
             every = bool(alive.all())
             if not every:
                 warn(
                     f"all losses of {int((~alive).sum())} of {len(alive)} runs are infinite or NaN: nothing moves there"
                 )
 
-            alpha = swarm["alpha"]
+            alpha = torch.full_like(swarm["alpha"], options["alpha"])
             if options["ess"] is not None:
-                alpha = effective_alpha(self._gathered(energies), options["ess"], alpha, options["alpha_max"])
-            weight: Tensor | None = weights(energies, alpha, self._reduce if self._world > 1 else None)
-            if native is not None and every and self._world == 1 and not wants_loss:
-                c = torch.empty_like(old)  # the native step finds it on its way
-                towards = c[:, None]
-            elif options["kernel"]:
-                kernel = {name: options[name] for name in ("kernel", "kappa", "kernel_alpha")}
-                towards = polarised_means(x, energies, alpha, **kernel)
-                c = torch.where(
-                    alive[:, None], towards[torch.arange(len(alive), device=x.device), energies.argmin(-1)], old
-                )
-            else:
-                assert weight is not None
-                c = torch.where(alive[:, None], self._reduce(mean(weight, points), "sum"), old)
-                towards, weight = c[:, None], None
+                every_energy = self._of_all(energies)
+                alpha = effective_alpha(every_energy, options["ess"], swarm["alpha"], options["alpha_max"])
+            later = native is not None and every and not wants_loss and self._ranks.size == 1
+            later = later and options["kick_below"] is None and options["bounds"] is None
+            c, towards, weight = self._consensus(x, points, energies, alpha, alive, later)
 
             loss, gates = lowest, None
             if wants_loss:
@@ -584,53 +599,70 @@ class CBO(Optimizer):
             if options["correction"]:
                 share = gate(changes["energies"], loss, options["correction"], options["correction_eps"])
                 gates = share, share if options["correction_on"] == "both" else torch.ones_like(share)
+            partial = index if options["update"] == "partial" else None
             moves = None
-            if not every or (index is not None and options["update"] == "partial"):
-                turn = _at(index if options["update"] == "partial" else None, 1, torch.zeros_like(seen))
-                moves = alive[:, None] & (turn > 0)
-            if native is None:
-                new = self._moved(evaluation, rates, towards, gates, moves, changes)
+            if not every or partial is not None:
+                moves = alive[:, None] & (_at(partial, 1, torch.zeros_like(seen)) > 0)
+            if native:
+                move = self._native_move(native, rates, c, weight, gates, moves)
+            else:
+                new = self._moved(evaluation, rates, x, towards, gates, moves, changes)
+                move = functools.partial(swarm["particles"].copy_, new)
+            best, best_loss = self._ranks.best(evaluation.best, evaluation.best_loss)
+            changes.update(best=best, best_loss=best_loss, alpha=alpha)
+            kick = self._kick(rates, alive, changes)
+            shown = int(best_loss.argmin()) if len(alive) > 1 else 0
 
-        # Nothing fails from here on.
-        if native is None:
-            x.copy_(new)
-        else:
-            self._move_natively(native, rates, c, weight, gates, moves)
-        self._kick(rates, alive, improved, changes)
-        if options["bounds"] is not None:
-            x.clamp_(*options["bounds"])
-        if options["alpha_growth"] != 1:
-            alpha = torch.where(alive, (alpha * options["alpha_growth"]).clamp_max(options["alpha_max"]), alpha)
-        if options["sigma_decay"] != 1 and alive.any():
-            for group in self.param_groups:
-                group["sigma"] *= options["sigma_decay"]
-        swarm.update(changes, alpha=alpha)
-        self._write(c[int(swarm["best_loss"].argmin()) if len(alive) > 1 else 0])
-        evaluation.commit()
+        with uninterrupted():  # and nothing fails from here on
+            move()
+            if kick is not None:
+                swarm["particles"].add_(kick)
+            if options["bounds"] is not None:
+                project_(swarm["particles"], options["bounds"])
+            swarm.update(changes)
+            if alive.any():
+                self._anneal()
+            self._write(c[shown])
+            if alive[shown]:
+                evaluation.commit(shown)
         loss = loss if every else torch.where(alive, loss, math.inf)
         return loss if len(alive) > 1 else loss[0]
 
     def _rates(self) -> Rates:
         groups = self.param_groups
-        for group in groups:  # a scheduler may have changed them
-            check_number("lr", group["lr"], *_ANY)
-            check_number("sigma", group["sigma"], *_ANY)
+        for group in groups:  # a scheduler or the user may have changed them
+            for name in (*_PER_GROUP, "alpha"):
+                check_number(name, group[name], *_RANGES[name])
+        _check_uniform(groups, ("alpha",))
         lr = [float(group["lr"]) for group in groups]
         root = [math.sqrt(value) for value in lr]
-        drift = [group["lamda"] * value for group, value in zip(groups, lr, strict=True)]
-        diffusion = [group["sigma"] * value for group, value in zip(groups, root, strict=True)]
+        drift = [float(group["lamda"]) * value for group, value in zip(groups, lr, strict=True)]
+        diffusion = [float(group["sigma"]) * value for group, value in zip(groups, root, strict=True)]
+        if max(drift + diffusion) == math.inf:
+            raise ValueError(f"lamda * lr and sigma * sqrt(lr) must be finite, got {drift} and {diffusion}")
         return Rates(lr, root, drift, diffusion)
 
-    def _batch(self) -> Tensor | None:
-        """Which of the particles here this step evaluates; ``None`` is all."""
+    def _anneal(self) -> None:
+        """What the schedules make of sigma and alpha at the end of a step."""
+        options = self.param_groups[0]
+        growth, decay = options["alpha_growth"], options["sigma_decay"]
+        if growth == 1 and decay == 1:
+            return
+        cooled = self._swarm["step"] % options["sigma_decay_every"] == 0
+        for group in self.param_groups:
+            group["sigma"] *= decay if cooled else 1.0
+            group["alpha"] = min(group["alpha"] * growth, group["alpha_max"]) if growth != 1 else group["alpha"]
+
+    def _batch(self) -> tuple[Tensor | None, Tensor]:
+        """Which of the particles here this step evaluates, ``None`` being all; and whose turn is then still to come."""
         options, swarm = self.param_groups[0], self._swarm
-        size, first = options["particle_batch"], swarm["first"]
-        if size is None or size >= swarm["count"]:
-            return None
-        how = dict(seed=options["seed"], since=swarm["since"], leftover=options["leftover"])
-        chosen: Tensor = batch_indices(swarm["count"], size, swarm["batches"], **how).sort().values - first
-        local: int = swarm["particles"].shape[1]
-        return chosen[(chosen >= 0) & (chosen < local)].to(self._first.device)
+        size, count, queue = options["particle_batch"], swarm["count"], swarm["queue"]
+        if size is None or size >= count:
+            return None, queue
+        order = random.permutation(count, seed=options["seed"], draw=draw_of(swarm["step"], ORDER)).to(queue.device)
+        chosen, queue = next_batch(queue, size, order, options["leftover"])
+        chosen = chosen.sort().values - swarm["first"]
+        return chosen[(chosen >= 0) & (chosen < swarm["particles"].shape[1])], queue
 
     def _energies(self, evaluation: Evaluation, points: Tensor, index: Tensor | None) -> Tensor:
         """Losses, infinite where there is none or it is not finite."""
@@ -640,26 +672,43 @@ class CBO(Optimizer):
         energies[:, index] = evaluation.losses(points[:, index])
         return energies
 
-    def _compare(self, seen: Tensor, changes: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The lowest energy of each run, and whether it is the lowest so far."""
-        swarm = self._swarm
-        lowest = self._reduce(seen.amin(-1), "min")
-        improved = lowest < swarm["best_loss"]
-        if improved.any():
-            best = torch.where(improved[:, None], self._owned(seen, lowest), swarm["best"])
-            changes.update(best=best, best_loss=torch.minimum(lowest, swarm["best_loss"]))
-        return lowest, improved
+    def _consensus(
+        self, x: Tensor, points: Tensor, energies: Tensor, alpha: Tensor, alive: Tensor, later: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The consensus and what each particle moves towards; if the move is to find them ``later``, the weights."""
+        options, old = self.param_groups[0], self._swarm["consensus"]
+        if options["kernel"]:
+            kernel = {name: options[name] for name in ("kernel", "kappa", "kernel_alpha")}
+            towards = polarised_means(x, self._of_all(x), self._of_all(energies), alpha, **kernel)
+            c, _ = self._ranks.best(*best_of(towards, energies))
+            return projected(torch.where(alive[:, None], c, old), options["bounds"]), towards, None
+        weight = weights(energies, alpha, self._ranks.reduce if self._ranks.size > 1 else None)
+        if later:
+            c = torch.empty_like(old)
+            return c, c[:, None], weight
+        c = self._ranks.reduce(mean(weight, points), "sum")
+        c = projected(torch.where(alive[:, None], c, old), options["bounds"])
+        return c, c[:, None], None
 
-    def _personal_bests(self, evaluation: Evaluation, seen: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """The particles of all processes, or their energies, from those here."""
+        return self._ranks.gathered(rows, self._swarm["first"], self._swarm["count"])
+
+    def _personal_bests(
+        self, evaluation: Evaluation, rates: Rates, x: Tensor, seen: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Where each particle was best, and the energy there."""
-        swarm = self._swarm
-        # The user may have written to the particles before the first step.
-        points = swarm["memory"] if swarm["step"] > 0 else swarm["particles"]
-        energies = swarm["memory_energies"]
-        if self.param_groups[0]["memory"] == "reevaluated" and swarm["step"] > 0:
+        options, swarm = self.param_groups[0], self._swarm
+        if swarm["step"] == 0:
+            return x.clone(), seen
+        points, energies = swarm["memory"], swarm["memory_energies"]
+        if options["memory"] == "smooth":
+            rate = self._columns([options["memory_kappa"] * lr for lr in rates.lr])
+            points = smoothed(points, x, energies, seen, rate, options["memory_beta"])
+            return points, _at(index, self._energies(evaluation, points, index), energies)
+        if options["memory"] == "reevaluated":
             energies = _at(index, self._energies(evaluation, points, index), energies)
-        points = torch.where((seen < energies)[..., None], swarm["particles"], points)
-        return points, torch.minimum(seen, energies)
+        return torch.where((seen < energies)[..., None], x, points), torch.minimum(seen, energies)
 
     def _noise(self, purpose: int) -> Tensor:
         swarm = self._swarm
@@ -671,6 +720,7 @@ class CBO(Optimizer):
         self,
         evaluation: Evaluation,
         rates: Rates,
+        x: Tensor,
         towards: Tensor,
         gates: tuple[Tensor, Tensor] | None,
         moves: Tensor | None,
@@ -678,7 +728,6 @@ class CBO(Optimizer):
     ) -> Tensor:
         """Where the particles go, by any of the rules."""
         options, swarm = self.param_groups[0], self._swarm
-        x = swarm["particles"]
         noise = dict(noise=options["noise"], clip=options["noise_clip"])
         diffusion = self._columns(rates.diffusion)
         if options["rule"] == "hopping":
@@ -705,7 +754,7 @@ class CBO(Optimizer):
             new = new - size * evaluation.gradients(new, moves)
         return new if moves is None else torch.where(moves[..., None], new, x)
 
-    def _move_natively(
+    def _native_move(
         self,
         native: Callable[..., None],
         rates: Rates,
@@ -713,8 +762,8 @@ class CBO(Optimizer):
         weight: Tensor | None,
         gates: tuple[Tensor, Tensor] | None,
         moves: Tensor | None,
-    ) -> None:
-        """Plain drift and noise, in place; finds the consensus as well where weights are given."""
+    ) -> Callable[[], None]:
+        """Plain drift and noise in place, ready to be called; finds the consensus as well where weights are given."""
         options, swarm = self.param_groups[0], self._swarm
         x = swarm["particles"]
         if moves is not None:
@@ -726,24 +775,24 @@ class CBO(Optimizer):
         place = options["seed"], draw_of(swarm["step"], NOISE), swarm["first"]
         clip = math.inf if options["noise_clip"] is None else options["noise_clip"]
         ends = torch.tensor(self._ends, device="cpu")
-        native(x, c, weight, ends, *per_group, *(gates or (None, None)), norms, clip, *place)
+        return functools.partial(native, x, c, weight, ends, *per_group, *(gates or (None, None)), norms, clip, *place)
 
-    def _kick(self, rates: Rates, alive: Tensor, improved: Tensor, changes: dict[str, Any]) -> None:
-        """Shake all particles of runs that have come to rest, or have waited for too long."""
+    def _kick(self, rates: Rates, alive: Tensor, changes: dict[str, Any]) -> Tensor | None:
+        """What shakes all particles of runs that have come to rest, or have waited for too long."""
         options, swarm = self.param_groups[0], self._swarm
-        x = swarm["particles"]
-        waited = torch.where(improved, 0, swarm["waited"] + 1)
+        waited = torch.where(changes["best_loss"] < swarm["best_loss"], 0, swarm["waited"] + 1)
+        still = stuck = torch.zeros_like(alive)
         if options["kick_below"] is not None and swarm["step"] > 0:
-            way = (changes["consensus"] - swarm["consensus"]).abs().amax(-1)
-            still = alive & (way < options["kick_below"])
-            if still.any():
-                x += still[:, None, None] * (self._columns(rates.diffusion) * self._noise(KICK))
+            still = alive & ((changes["consensus"] - swarm["consensus"]).abs().amax(-1) < options["kick_below"])
         if options["patience"] is not None:
             stuck = alive & (waited >= options["patience"])
-            if stuck.any():
-                x += stuck[:, None, None] * (self._columns([0.1 * r for r in rates.root]) * self._noise(KICK))
-                waited = torch.where(stuck, 0, waited)
-        changes.update(waited=waited)
+        changes.update(waited=torch.where(stuck, 0, waited))
+        if not (still | stuck).any():
+            return None
+        sizes = self._columns(rates.diffusion), self._columns([0.1 * root for root in rates.root])
+        kick = self._noise(KICK)
+        still, stuck = (runs[:, None, None].to(kick.dtype) for runs in (still, stuck))
+        return kick.mul_(still * sizes[0] + stuck * sizes[1])
 
     @property
     def _ends(self) -> list[int]:
@@ -759,45 +808,6 @@ class CBO(Optimizer):
         ends = torch.tensor([0, *self._ends], device=like.device)
         return torch.tensor(values, dtype=like.dtype, device=like.device).repeat_interleave(ends.diff())
 
-    # Processes
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.process_group is None else torch.distributed.get_world_size(self.process_group)
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.process_group is None else torch.distributed.get_rank(self.process_group)
-
-    def _reduce(self, tensor: Tensor, op: str) -> Tensor:
-        """Combine with the tensors of the other ranks, by "min" or "sum"."""
-        if self._world == 1:
-            return tensor
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        reductions = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
-        torch.distributed.all_reduce(tensor, reductions[op], group=self.process_group)
-        return tensor
-
-    def _gathered(self, energies: Tensor) -> Tensor:
-        """The energies of the particles of all ranks."""
-        if self._world == 1:
-            return energies
-        swarm = self._swarm
-        every = energies.new_full((energies.shape[0], swarm["count"]), math.inf)
-        every[:, swarm["first"] : swarm["first"] + energies.shape[1]] = energies
-        return self._reduce(every, "min")
-
-    def _owned(self, seen: Tensor, lowest: Tensor) -> Tensor:
-        """The particle of the lowest energy of all ranks."""
-        x = self._swarm["particles"]
-        runs, where = torch.arange(x.shape[0], device=x.device), seen.argmin(-1)
-        own: Tensor = x[runs, where]
-        if self._world == 1:
-            return own
-        has = seen[runs, where] == lowest
-        owner = self._reduce(torch.where(has, self._rank, self._world), "min")
-        return self._reduce(torch.where((owner == self._rank)[:, None], own, 0), "sum")
-
     # Checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
@@ -807,6 +817,7 @@ class CBO(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("module", None)
         self.__dict__.setdefault("process_group", None)
+        self._ranks, self._complete_groups = Ranks(self.process_group), True
         for group in self.param_groups:  # a pickle of an older version lacks what has been added since
             for name in (*_PER_GROUP, *_GLOBAL):  # torch puts a setting of its own among the defaults
                 group.setdefault(name, self.defaults.get(name))
@@ -820,61 +831,71 @@ class CBO(Optimizer):
         Raises:
             ValueError: groups, particles or settings that do not fit; nothing has changed then.
         """
-        loaded: dict[str, Any] = {}
+        load_state(self, state_dict, self._complete, self._restore)
 
-        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(self._complete(state_dict))
-            return loaded
-
-        def restore(_: Optimizer) -> None:
-            # torch has cast everything to the dtype of the first parameter.
-            index = loaded["param_groups"][0]["params"][0]
-            device, dtype = self._first.device, self._dtype
-            for name, value in loaded["state"][index].items():
-                if isinstance(value, Tensor):
-                    value = value.to(device, dtype if name in _POINTS else value.dtype, copy=True)
-                self._swarm[name] = value
-
-        # After the user's pre-hooks, which may replace the dictionary, and before the user's post-hooks.
-        handles = [
-            self.register_load_state_dict_pre_hook(prepare),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        device, dtype = self._first.device, self._dtype
+        for name, value in loaded["state"][loaded["param_groups"][0]["params"][0]].items():
+            if isinstance(value, Tensor):
+                value = value.to(device, dtype if name in _POINTS else value.dtype, copy=True)
+            self._swarm[name] = value
 
     def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of a state dict with all settings of this optimizer; raises where the two do not fit."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
         saved, own = state_dict["param_groups"], self.param_groups
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
-            return state_dict  # torch has an error for this
         groups = [
             {**{name: group[name] for name in (*_PER_GROUP, *_GLOBAL)}, **saved_group}
             for saved_group, group in zip(saved, own, strict=True)
         ]
         for merged, group in zip(groups, own, strict=True):
             self._check_group({**merged, "params": group["params"]})
-        _check_uniform(groups)
+        _check_uniform(groups, _GLOBAL)
         index = next(index for group in saved for index in group["params"])
-        swarm = state_dict["state"].get(index, {})
-        needs = set(_SHARED)
-        needs |= {"memory", "memory_energies"} if groups[0]["memory"] else set()
-        needs |= {"exp_avg", "exp_avg_sq"} if groups[0]["rule"] == "adam" else set()
-        if not needs <= swarm.keys():
-            raise ValueError(f"the state of parameter {index} lacks {', '.join(sorted(needs - swarm.keys()))}")
-        shape, rows = tuple(swarm["particles"].shape), tuple(swarm["energies"].shape)
-        if len(shape) != 3 or shape[:2] != rows or shape[2] != sum(self._sizes):
-            raise ValueError(
-                f"particles of parameter {index} must have shape (n_runs, n_particles, {sum(self._sizes)}) "
-                f"and energies shape (n_runs, n_particles), got {shape} and {rows}"
-            )
+        self._check_state(f"parameter {index}", state_dict["state"].get(index, {}), groups[0])
         return {**state_dict, "param_groups": groups}
+
+    def _check_state(self, owner: str, state: dict[str, Any], options: Group) -> None:
+        needs = {*_SHAPES, *_NUMBERS}
+        needs -= set() if options["memory"] else {"memory", "memory_energies"}
+        needs -= set() if options["rule"] == "adam" else {"exp_avg", "exp_avg_sq"}
+        if not isinstance(state, dict):
+            raise ValueError(f"the state of {owner} must be a dictionary, got {state!r}")
+        if not needs <= state.keys():
+            raise ValueError(f"the state of {owner} lacks {', '.join(sorted(needs - state.keys()))}")
+        for name in _NUMBERS:
+            if not isinstance(state[name], int) or isinstance(state[name], bool) or state[name] < 0:
+                raise ValueError(f"{name} of {owner} must be a whole number >= 0, got {state[name]!r}")
+        sizes = dict(runs=options["n_runs"], coordinates=sum(self._sizes))
+        for name in (name for name in _SHAPES if name in needs):
+            value, shape = state[name], tuple(getattr(state[name], "shape", ()))
+            if len(shape) == len(_SHAPES[name]):  # how many particles are here and how many wait, the first one says
+                sizes = {**dict(zip(_SHAPES[name], shape, strict=True)), **sizes}
+            floating = name not in ("waited", "queue")
+            expected = tuple(sizes.get(size, size) for size in _SHAPES[name])
+            if not isinstance(value, Tensor) or shape != expected or value.is_floating_point() != floating:
+                got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else repr(value)
+                kind = "a floating-point" if floating else "an integer"
+                raise ValueError(f"{name} of {owner} must be {kind} tensor of shape {expected}, got {got}")
+        first, here, count = state["first"], sizes["particles"], state["count"]
+        if first + here > count or (self._ranks.size == 1 and here < count):
+            raise ValueError(
+                f"{owner} has {here} particles, from number {first} on, of {count}; processes: {self._ranks.size}"
+            )
+
+
+def _check_bounds(bounds: Any) -> None:
+    if bounds is None:
+        return
+    if not isinstance(bounds, tuple | list):
+        check_number("bounds", bounds, _TINY, math.inf, "(low, high), or a radius, finite and > 0")
+        return
+    if len(bounds) != 2:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
+    for side in bounds:
+        if side not in (-math.inf, math.inf):
+            check_number("bounds", side, -math.inf, math.inf, "(low, high), two numbers")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds!r}")
 
 
 def _at(index: Tensor | None, new: Any, old: Tensor) -> Tensor:
@@ -887,13 +908,8 @@ def _at(index: Tensor | None, new: Any, old: Tensor) -> Tensor:
     return torch.where(turn, new, old)
 
 
-_POINTS = ("particles", "consensus", "best", "memory", "exp_avg", "exp_avg_sq")
-_SHARED = ("particles", "consensus", "best", "energies", "best_loss", "consensus_loss", "spread", "alpha", "waited",
-           "step", "epoch", "batches", "since", "first", "count")  # fmt: skip
-
-
-def _check_uniform(groups: Sequence[Group]) -> None:
-    for group in groups:
-        for name in _GLOBAL:
+def _check_uniform(groups: Sequence[Group], names: Sequence[str]) -> None:
+    for group in groups[1:]:
+        for name in names:
             if group[name] != groups[0][name]:
                 raise ValueError(f"{name} is one for all groups, got {groups[0][name]!r} and {group[name]!r}")

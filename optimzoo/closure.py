@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from optimzoo.consensus import best_of
 
 # What the intermediate results of the copies that run together may take: bench/cbo.py measures it ("chunks").
 CHUNK_BYTES = 32 * 2**20
@@ -29,6 +32,24 @@ def check_loss(loss: Any, shape: tuple[int, ...] | None = None) -> Tensor:
     if shape is not None and tuple(loss.shape) != shape:
         raise ValueError(f"the closure must return losses of shape {shape}, got {tuple(loss.shape)}")
     return loss.double() if shape is not None else loss.double().reshape(())
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds an interrupt from the keyboard back until the end of a block that must be done whole or not at all."""
+    held: list[Any] = []
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    except ValueError:  # interrupts come to the main thread alone
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held and callable(handler):
+            handler(*held[-1])
 
 
 @contextlib.contextmanager
@@ -108,7 +129,8 @@ def _traffic(loss: Callable[[list[Tensor]], Tensor], params: list[Tensor]) -> in
 class Evaluation:
     """The closure of one step over many points; while it runs, parameters, buffers and generators are its to use.
 
-    They come back at the end, whatever happens. Every call sees the same random numbers and the same buffers.
+    They come back at the end, whatever happens, and after an error ``.grad`` does too. Every call sees the same random
+    numbers and the same buffers. ``best`` and ``best_loss`` are the best of all points of each run.
 
     Args:
         closure: returns the loss of the live parameters; or, if ``batched``, the losses of stacked ones.
@@ -117,6 +139,8 @@ class Evaluation:
         batched: which kind of closure it is.
         seed: what torch's generators are seeded with before each call.
         buffers: what a forward pass of the closure changes.
+        best: the best point of each run so far, (runs, coordinates).
+        best_loss: its loss, (runs,).
     """
 
     def __init__(
@@ -127,12 +151,16 @@ class Evaluation:
         batched: bool,
         seed: int,
         buffers: list[Tensor],
+        best: Tensor,
+        best_loss: Tensor,
     ) -> None:
         self.closure, self.params, self.views, self.batched = closure, params, views, batched
         self.seed, self.buffers = seed, buffers
+        self.best, self.best_loss = best, best_loss
         self.kept = [] if batched else [param.detach().clone() for param in params]
+        self.grads = [] if batched else [_Grad(param) for param in params]
         self.clean = [buffer.clone() for buffer in buffers]
-        self.after = self.clean
+        self.after: dict[int, list[Tensor]] = {}
         self.watched = not batched
 
     def __enter__(self) -> Evaluation:
@@ -140,15 +168,19 @@ class Evaluation:
         self.reseed = self.stack.enter_context(repeatable(self.params[0].device))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-        if self.kept:
-            torch._foreach_copy_(self.params, self.kept)
-        self._restore(self.clean)
+    def __exit__(self, failed: object, *_: object) -> None:
+        with uninterrupted():
+            self.stack.close()
+            if self.kept:
+                torch._foreach_copy_(self.params, self.kept)
+            self._restore(self.clean)
+            if failed:
+                for grad in self.grads:
+                    grad.restore()
 
-    def commit(self) -> None:
-        """Leave the buffers as the consensus left them."""
-        self._restore(self.after)
+    def commit(self, run: int) -> None:
+        """Leave the buffers as the consensus of a run left them; as they were, if its loss was not finite."""
+        self._restore(self.after.get(run, self.clean))
 
     def _write(self, row: Tensor) -> None:
         torch._foreach_copy_(self.params, self.views(row))
@@ -163,22 +195,38 @@ class Evaluation:
         if count == 0:  # a process that no particle of a mini-batch belongs to
             return torch.empty(runs, 0, dtype=torch.float64, device=points.device)
         if self.batched:
+            version = _version(points)
             losses = check_loss(self._call(self.views(points)), (runs, count)).to(points.device)
-        else:
-            rows = [self._one(points[run, i]) for run in range(runs) for i in range(count)]
-            losses = torch.stack(rows).to(points.device).view(runs, count)
-        if keep_buffers:
-            self.after = [buffer.clone() for buffer in self.buffers]
-        return losses.nan_to_num(math.inf, math.inf, math.inf)
+            if _version(points) != version:
+                raise RuntimeError("the closure wrote to the particles that it was given; let it work on a copy")
+            return self._compare(points, losses.detach())
+        rows = []
+        for run in range(runs):
+            rows += [self._one(points[run, i]) for i in range(count)]
+            if keep_buffers and rows[-1].isfinite():
+                self.after[run] = [buffer.clone() for buffer in self.buffers]
+        return self._compare(points, torch.stack(rows).to(points.device).view(runs, count))
+
+    def _compare(self, points: Tensor, losses: Tensor) -> Tensor:
+        losses = losses.nan_to_num(math.inf, math.inf, math.inf)
+        found, lowest = best_of(points, losses)
+        better = lowest < self.best_loss
+        if better.any():
+            self.best = torch.where(better[:, None], found, self.best)
+            self.best_loss = torch.where(better, lowest, self.best_loss)
+        return losses
 
     def gradients(self, points: Tensor, wanted: Tensor | None) -> Tensor:
         """The gradient of the loss at each point that is wanted; zero or anything elsewhere."""
+        losses = points.new_full(points.shape[:2], math.inf, dtype=torch.float64)
         if self.batched:
             leaf = points.detach().clone().requires_grad_()
             with torch.enable_grad():
-                losses = check_loss(self._call(self.views(leaf)), tuple(points.shape[:2]))
-                _check_graph(losses)
-                (result,) = torch.autograd.grad(losses.sum(), leaf)
+                every = check_loss(self._call(self.views(leaf)), tuple(points.shape[:2]))
+                _check_graph(every)
+                (result,) = torch.autograd.grad(every.sum(), leaf)
+            every = every.detach().to(points.device)
+            self._compare(points, every if wanted is None else every.where(wanted, math.inf))
             return result
         result = torch.zeros_like(points)
         wanted = torch.ones(points.shape[:2]) if wanted is None else wanted
@@ -189,21 +237,18 @@ class Evaluation:
                 loss = check_loss(self._call())
                 _check_graph(loss)
                 grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+            losses[run, i] = loss.detach()
             result[run, i] = torch.cat([grad.reshape(-1).to(points.dtype) for grad in grads])
+        self._compare(points, losses)
         return result
 
     def _one(self, row: Tensor) -> Tensor:
         self._write(row)
         self._restore(self.clean)
-        if not self.watched:
-            return check_loss(self._call()).detach()
-        self.watched = False
-        before = [_version(param.grad) for param in self.params]
         loss = check_loss(self._call()).detach()
-        if any(
-            param.grad is not None and _version(param.grad) != b for param, b in zip(self.params, before, strict=True)
-        ):
+        if self.watched and any(grad.written for grad in self.grads):
             raise RuntimeError("the closure called backward(): no gradients are needed; return the loss alone")
+        self.watched = False
         return loss
 
     def _call(self, *args: Any) -> Any:
@@ -218,10 +263,31 @@ class Evaluation:
             raise
 
 
+def _version(tensor: Tensor | None) -> int:
+    """Changes when a tensor is written to; inference tensors have none."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+class _Grad:
+    """A parameter's ``.grad`` as it was."""
+
+    def __init__(self, param: Tensor) -> None:
+        self.param, self.grad = param, param.grad
+        self.copy = None if param.grad is None else param.grad.clone()
+        self.version = _version(self.grad)
+
+    @property
+    def written(self) -> bool:
+        """Whether there is a gradient that was not there."""
+        now = self.param.grad
+        return now is not None and not (now is self.grad and _version(now) == self.version)
+
+    def restore(self) -> None:
+        if self.grad is not None and self.copy is not None and _version(self.grad) != self.version:
+            self.grad.copy_(self.copy)
+        self.param.grad = self.grad
+
+
 def _check_graph(loss: Tensor) -> None:
     if not loss.requires_grad:
         raise RuntimeError("grad_drift needs a closure whose loss autograd can follow; this one has no graph")
-
-
-def _version(grad: Tensor | None) -> tuple[int, int] | None:
-    return None if grad is None else (id(grad), grad._version)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-from optimzoo import random
 
 Column: TypeAlias = float | Tensor
 """A setting: a number, or a tensor over the coordinates where groups differ."""
@@ -38,7 +36,7 @@ def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Ten
         alpha: shape (runs,).
         reduce: combines a tensor with those of other processes that hold other particles, by "min" or "sum".
     """
-    lowest = energies.amin(-1, keepdim=True)
+    lowest = least(energies)[:, None]
     if reduce is not None:
         lowest = reduce(lowest, "min")
     # Shifted before it is scaled: at alpha |e| of 1e4 the digits of e would be gone.
@@ -49,6 +47,19 @@ def weights(energies: Tensor, alpha: Tensor, reduce: Callable[[Tensor, str], Ten
     return weight / reduce(weight.sum(-1, keepdim=True), "sum").clamp_min(1.0)
 
 
+def least(energies: Tensor) -> Tensor:
+    """The lowest of each run; infinite where this process holds none."""
+    return energies.amin(-1) if energies.shape[-1] else energies.new_full(energies.shape[:1], math.inf)
+
+
+def best_of(points: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
+    """The point of the lowest energy of each run, and that energy; infinite where this process holds none."""
+    if not energies.shape[-1]:
+        return points.new_zeros(points.shape[0], points.shape[2]), least(energies)
+    lowest, where = energies.min(-1)
+    return points[torch.arange(len(where), device=where.device), where], lowest
+
+
 def mean(weight: Tensor, points: Tensor) -> Tensor:
     """The weighted mean, shape (runs, coordinates); a point without weight may be infinite."""
     counted = torch.where(weight[..., None] > 0, points, 0)
@@ -56,36 +67,38 @@ def mean(weight: Tensor, points: Tensor) -> Tensor:
 
 
 def polarised_means(
-    points: Tensor, energies: Tensor, alpha: Tensor, *, kernel: str, kappa: float, kernel_alpha: bool
+    points: Tensor, others: Tensor, energies: Tensor, alpha: Tensor, *, kernel: str, kappa: float, kernel_alpha: bool
 ) -> Tensor:
-    """A mean for each particle, of those near it; a particle that nobody is near is its own."""
-    r = torch.linalg.vector_norm(points[:, :, None] - points[:, None], dim=-1).double()
+    """For each point a mean of the others near it, which have the energies; one that nobody is near is its own."""
+    r = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist").double()
     if kernel == "gaussian":
-        distance = r.square() / (2 * kappa**2)
+        distance = (r / kappa).square() / 2
     elif kernel == "laplace":
         distance = r / kappa
     elif kernel == "inverse_quadratic":
-        distance = (r.square() / kappa**2).log1p()
+        distance = (r / kappa).square().log1p()
     else:
         distance = torch.where(r <= kappa, 0.0, math.inf)
-    factor = alpha[:, None, None]
+    factor, counts = alpha[:, None, None], (energies < math.inf)[:, None]
     shifted = energies - energies.amin(-1, keepdim=True)  # before it is scaled, as above
     exponent = -(factor if kernel_alpha else 1) * distance - factor * shifted[:, None]
-    weight = exponent.softmax(-1).nan_to_num(0.0).to(points.dtype)
+    # Also where a difference of infinities is NaN.
+    weight = exponent.where(counts, -math.inf).softmax(-1).nan_to_num(0.0).to(points.dtype)
     lonely = (weight == 0).all(-1, keepdim=True)
-    counted = torch.where(energies[..., None] < math.inf, points, 0)
-    return torch.where(lonely, points, weight @ counted)
+    return torch.where(lonely, points, weight @ others.where(counts.mT, 0))
 
 
 # Dynamics
 
 
 def gate(energies: Tensor, at_consensus: Tensor, correction: str, eps: float) -> Tensor:
-    """What share of a move is made: none by a particle that is better than the consensus, shape (runs,)."""
+    """What share of a move is made: none by a particle that is better than the consensus, shape (runs,).
+
+    All move where one of the two losses is not finite: there is nothing to compare.
+    """
     worse = energies - at_consensus[:, None]
-    if correction == "heaviside":
-        return (worse > 0).double()
-    return torch.where(energies == math.inf, 1.0, (1 + (worse / eps).tanh()) / 2)
+    share = (worse > 0).double() if correction == "heaviside" else (1 + (worse / eps).tanh()) / 2
+    return share.where(worse.isfinite(), 1.0)
 
 
 def shaken(difference: Tensor, z: Tensor, *, noise: str, clip: float | None) -> Tensor:
@@ -143,6 +156,35 @@ def adam_moved(
     return points, exp_avg, exp_avg_sq
 
 
+def smoothed(memory: Tensor, points: Tensor, before: Tensor, seen: Tensor, rate: Column, beta: float) -> Tensor:
+    """Personal bests moved towards particles, the more of ``rate`` the better a particle is: ``seen`` to ``before``."""
+    share = ((1 + (beta * (before - seen)).tanh()) / 2).nan_to_num(0.0)[..., None]
+    return torch.where(share > 0, memory + rate * share.to(memory.dtype) * (points - memory), memory)
+
+
+Bounds: TypeAlias = float | tuple[float, float]
+"""The radius of a ball about the origin, or the low and the high side of a box."""
+
+
+def project_(points: Tensor, bounds: Bounds) -> Tensor:
+    """Move points outside of the bounds to the nearest ones inside, in place."""
+    if isinstance(bounds, tuple | list):
+        return points.clamp_(*bounds)
+    norm = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    return points.mul_((bounds / norm).clamp_max_(1.0))
+
+
+def projected(points: Tensor, bounds: Bounds | None) -> Tensor:
+    """The same in a copy; the points themselves if all are inside, to rounding."""
+    if bounds is None:
+        return points
+    if isinstance(bounds, tuple | list):
+        outside = (points < bounds[0]) | (points > bounds[1])
+    else:
+        outside = torch.linalg.vector_norm(points, dim=-1) > bounds * (1 + 1e-6)
+    return project_(points.clone(), bounds) if bool(outside.any()) else points
+
+
 # Schedules
 
 
@@ -160,33 +202,39 @@ def effective_alpha(energies: Tensor, share: float, alpha: Tensor, alpha_max: fl
     return torch.where(spread > 0, ((low + high) / 2).exp().clamp_max(alpha_max), alpha)
 
 
-def batch_indices(count: int, size: int, number: int, *, seed: int, since: int, leftover: str) -> Tensor:
-    """The particles of mini-batch ``number``: consecutive parts of a permutation that is drawn once per pass."""
+def next_batch(queue: Tensor, size: int, order: Tensor, leftover: str) -> tuple[Tensor, Tensor]:
+    """The next mini-batch and the queue that is left: in a pass each particle has its turn.
 
-    def order(number_of_pass: int) -> Tensor:
-        return random.permutation(count, seed=seed, draw=draw_of(since + number_of_pass, ORDER))
-
-    if leftover == "drop":
-        number_of_pass, place = divmod(number, count // size)
-        return order(number_of_pass)[place * size : (place + 1) * size]
-    number_of_pass, place = divmod(number * size, count)
-    chosen = order(number_of_pass)[place : place + size]
-    if len(chosen) < size:
-        chosen = torch.cat([chosen, order(number_of_pass + 1)[: size - len(chosen)]])
-    distinct: Tensor = torch.unique(chosen)
-    return distinct
+    Args:
+        queue: the particles whose turn is still to come.
+        size: of the mini-batch.
+        order: a permutation of all, which is the next pass if the queue is too short.
+        leftover: "drop" what was left, or "carry" it to the front, its own turn in the new pass then being the last.
+    """
+    if len(queue) < size:
+        again = torch.isin(order, queue)
+        queue = torch.cat([queue, order[~again], order[again]]) if leftover == "carry" else order
+    return queue[:size], queue[size:]
 
 
-def spread(points: Tensor) -> Tensor:
-    """The norm of the variances of the coordinates, float64, shape (runs,)."""
-    norm: Tensor = torch.linalg.vector_norm(points.var(1, correction=0), dim=-1)
+def spread(points: Tensor, count: int, reduce: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """The norm of the variances of the coordinates, float64, shape (runs,).
+
+    ``count`` is how many particles there are, and ``reduce`` combines a tensor with those of other processes.
+    """
+    share, (variance, center) = points.shape[1] / count, torch.var_mean(points, 1, correction=0)
+    if share == 0:  # a process without particles
+        variance, center = torch.zeros_like(variance), torch.zeros_like(center)
+    middle = reduce(share * center, "sum")
+    variance = reduce(share * (variance + (center - middle).square()), "sum")
+    norm: Tensor = torch.linalg.vector_norm(variance, dim=-1)
     return norm.double()
 
 
 def survivors(count: int, ratio: float, mu: float, size: int) -> int:
-    """How many particles stay when their spread has changed by a factor; whole mini-batches."""
+    """How many particles stay when their spread has changed by a factor: whole mini-batches, and at least two."""
     factor = min(max(1 - mu + mu * ratio, 1 - mu), 1.0)
-    return min(count, math.ceil(factor * count / size) * size)
+    return min(count, max(2, math.ceil(factor * count / size) * size))
 
 
 def expected_log_ratio(drift: float, diffusion: float, dim: int = 1) -> float:
@@ -195,16 +243,17 @@ def expected_log_ratio(drift: float, diffusion: float, dim: int = 1) -> float:
     It is E log \\|(1 - drift) e + diffusion xi\\| for a unit vector e in ``dim`` dimensions and normal xi (``dim`` is 1
     for anisotropic noise), half the expected log of a noncentral chi-square.
     """
+    left = abs(1 - drift)
     if diffusion == 0:
-        return math.log(abs(1 - drift)) if drift != 1 else -math.inf
-    half = ((1 - drift) / diffusion) ** 2 / 2  # of the noncentrality
-    if half > 500:
-        expected = dim + 2 * half  # two terms of the delta method
-        log_mean = math.log(expected) - (dim + 4 * half) / expected**2
-    else:
-        j = torch.arange(int(half + 12 * math.sqrt(half) + 40), dtype=torch.float64, device="cpu")
-        poisson = torch.exp(j * math.log(half) - half - torch.lgamma(j + 1)) if half > 0 else (j == 0).double()
-        log_mean = math.log(2) + float((poisson * torch.special.digamma(j + dim / 2)).sum())
+        return math.log(left) if left else -math.inf
+    half = 0.5 * (left / diffusion) * (left / diffusion)  # of the noncentrality
+    if half > 500:  # two terms of the delta method, divided by a square that may overflow
+        small = (diffusion / left) * (diffusion / left)
+        log_mean = math.log1p(dim * small) - small * (dim * small + 2) / (dim * small + 1) ** 2
+        return math.log(left) + log_mean / 2
+    j = torch.arange(int(half + 12 * math.sqrt(half) + 40), dtype=torch.float64, device="cpu")
+    poisson = torch.exp(j * math.log(half) - half - torch.lgamma(j + 1)) if half > 0 else (j == 0).double()
+    log_mean = math.log(2) + float((poisson * torch.special.digamma(j + dim / 2)).sum())
     return math.log(diffusion) + log_mean / 2
 
 
@@ -215,3 +264,54 @@ def critical_diffusion(drift: float, dim: int = 1) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if expected_log_ratio(drift, middle, dim) < 0 else (low, middle)
     return low
+
+
+# Processes
+
+
+class Ranks:
+    """The processes of a group, each with particles of its own; without a group, this one alone.
+
+    All must make the same calls, also those without particles.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
+    def number(self) -> int:
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
+    def share(self, count: int) -> tuple[int, int]:
+        """Of ``count`` particles, the number of the first one here, and how many are here."""
+        each, more = divmod(count, self.size)
+        return self.number * each + min(self.number, more), each + (self.number < more)
+
+    def reduce(self, tensor: Tensor, op: str) -> Tensor:
+        """Combine with the tensors of the others, by "min" or "sum"."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        reductions = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
+        torch.distributed.all_reduce(tensor, reductions[op], group=self.group)
+        return tensor
+
+    def gathered(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """All of ``count`` particles, or their energies, from those that are here, which begin with ``first``."""
+        if self.size == 1:
+            return rows
+        every = rows.new_zeros(rows.shape[0], count, *rows.shape[2:])
+        every[:, first : first + rows.shape[1]] = rows
+        return self.reduce(every, "sum")
+
+    def best(self, point: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a point of each process, the one of the lowest energy, for each run; and that energy."""
+        if self.size == 1:
+            return point, energy
+        lowest = self.reduce(energy, "min")
+        owner = self.reduce(torch.where(energy == lowest, self.number, self.size), "min")
+        return self.reduce(torch.where((owner == self.number)[:, None], point, 0), "sum"), lowest

@@ -48,25 +48,33 @@ def fused(name: str) -> Callable[..., None] | None:
     ``maximize``, ``stochastic``, ``seed``, ``grad_scale``, ``found_inf`` and ``held`` (:class:`Held`).
     """
     packet = getattr(torch.ops.optimzoo, f"fused_{name}_", None)
-    if packet is None:
-        return None
-    op: Callable[..., None] = packet.default
-    if f"fused_{name}_" not in _with_fake:
-        # Nothing is returned and only arguments are written: all that a trace needs to know stands in the schema.
-        torch.library.register_fake(f"optimzoo::fused_{name}_", _fake)
-        _with_fake.add(f"fused_{name}_")
-    return op
+    return None if packet is None else _known(packet.default)
+
+
+def native(name: str, device: torch.device) -> Callable[..., None] | None:
+    """The op ``optimzoo::NAME``, or ``None`` where the library of a type of device is not loaded."""
+    return None if missing(device.type) else _OPS[name]
 
 
 _with_fake: set[str] = set()
+
+
+def _known(op: Any) -> Callable[..., None]:
+    """Tell torch.compile of an op; nothing is returned and only arguments are written, which its schema says."""
+    if op.name() not in _with_fake:
+        torch.library.register_fake(op, _fake)
+        _with_fake.add(op.name())
+    return op  # type: ignore[no-any-return]  # torch.ops is untyped
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:
     """Does to fake tensors what the ops do: nothing that could be seen."""
 
 
+# Those that belong to no rule; found here, not where they are called, for torch.compile cannot follow that.
+_OPS: dict[str, Callable[..., None]] = {}
 if not _MISSING["cpu"]:
-    torch.library.register_fake("optimzoo::dot", _fake)
+    _OPS.update({name: _known(getattr(torch.ops.optimzoo, name).default) for name in ("dot", "normal_", "cbo_")})
 
 
 class Held:
@@ -91,17 +99,3 @@ class Held:
             len(own) == len(other) and all(map(operator.is_, own, other))
             for own, other in zip(self.columns, columns, strict=True)
         )
-
-
-def native(name: str, device: torch.device) -> Callable[..., None] | None:
-    """The native op ``optimzoo::NAME``, or ``None`` where the library of a type of device is not loaded.
-
-    It must return nothing and write to arguments alone.
-    """
-    if missing(device.type):
-        return None
-    op: Callable[..., None] = getattr(torch.ops.optimzoo, name).default
-    if name not in _with_fake:
-        torch.library.register_fake(f"optimzoo::{name}", _fake)
-        _with_fake.add(name)
-    return op

@@ -514,37 +514,11 @@ class Tensorwise(Optimizer):
         Raises:
             ValueError: groups, parameters or state that do not fit this optimizer; nothing has changed then.
         """
-        if not isinstance(state_dict, dict):
-            raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
-        loaded: dict[str, Any] = {}
-
-        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(self._complete(state_dict))
-            return loaded
-
-        # After the user's pre-hooks, which may replace the dictionary, and before the user's post-hooks.
-        handles = [
-            self.register_load_state_dict_pre_hook(prepare),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        load_state(self, state_dict, self._complete, self._restore)
 
     def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of a state dict with all settings of this optimizer; raises where the two do not fit."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
         saved, own = state_dict["param_groups"], self.param_groups
-        if not isinstance(saved, list) or not all(_is_saved_group(group) for group in saved):
-            raise ValueError("param_groups of state_dict must be a list of dictionaries, each with a list of names")
-        if not isinstance(state_dict["state"], dict):
-            raise ValueError(f"state of state_dict must be a dictionary, got {state_dict['state']!r}")
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
-            return state_dict  # torch has an error for this
         groups = []
         for saved_group, group in zip(saved, own, strict=True):
             settings = {name: group[name] for name in self.defaults}
@@ -850,9 +824,10 @@ def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
         left, right: tensors of the same shapes; of complex ones the real and imaginary parts are coordinates.
     """
     columns = [left] if left is right else [left, right]
-    if not ops.missing("cpu") and all(map(_is_native, columns)):
+    dot = ops.native("dot", torch.device("cpu"))
+    if dot is not None and all(map(_is_native, columns)):
         total = torch.zeros((), dtype=torch.float64, device="cpu")
-        torch.ops.optimzoo.dot(left, [] if left is right else right, total)
+        dot(left, [] if left is right else right, total)
         return total
     parts: dict[Any, list[Tensor]] = {}  # of each way to shard, so that one collective serves all that share it
     for a, b in zip(map(_dense, left), map(_dense, right), strict=True):
@@ -950,6 +925,50 @@ def check_flags(group: Group, *names: str) -> None:
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
 
 
+def load_state(
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    complete: Callable[[dict[str, Any]], dict[str, Any]],
+    restore: Callable[[dict[str, Any]], None],
+) -> None:
+    """``Optimizer.load_state_dict`` with a look before it and a repair behind it.
+
+    Args:
+        optimizer: what to load into.
+        state_dict: what the user gave.
+        complete: gets a dictionary of the right form, after the user's pre-hooks, which may replace it; returns what is
+            loaded in its place, or raises.
+        restore: gets the same, before the user's post-hooks; undoes torch's cast of state to the parameter's dtype.
+    """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
+    loaded: dict[str, Any] = {}
+
+    def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
+        saved, own = state_dict["param_groups"], optimizer.param_groups
+        if not isinstance(saved, list) or not all(_is_saved_group(group) for group in saved):
+            raise ValueError("param_groups of state_dict must be a list of dictionaries, each with a list of names")
+        if not isinstance(state_dict["state"], dict):
+            raise ValueError(f"state of state_dict must be a dictionary, got {state_dict['state']!r}")
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            return state_dict  # torch has an error for this
+        loaded.update(complete(state_dict))
+        return loaded
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(prepare),
+        optimizer.register_load_state_dict_post_hook(lambda _: restore(loaded), prepend=True),
+    ]
+    try:
+        Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _is_saved_group(group: Any) -> bool:
     names = group.get("params") if isinstance(group, dict) else None
     return isinstance(names, list) and all(isinstance(name, int | str) for name in names)
@@ -983,5 +1002,9 @@ def check_number(name: str, value: Any, low: float, high: float, allowed: str, a
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
-    if not low <= float(value) < high or (above and value == low):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf  # too large, or too small, for every range
+    if not low <= number < high or (above and value == low):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

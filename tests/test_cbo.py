@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -72,15 +75,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         correction="regularised", correction_on="drift", correction_eps=20.0, noise="isotropic", sigma=0.3
     ),
     "clipped": dict(noise_clip=0.4, sigma=3.0),
-    "clipped-isotropic": dict(noise_clip=0.4, sigma=3.0, noise="isotropic"),
+    "clipped-isotropic": dict(noise_clip=0.4, sigma=0.5, noise="isotropic"),
     "memory": dict(memory="fixed"),
     "memory-reevaluated": dict(memory="reevaluated"),
     "memory-euler": dict(memory="fixed", memory_order="euler", lamda_memory=0.7, sigma_memory=0.2),
+    "memory-smooth": dict(memory="smooth", memory_kappa=6.0, memory_beta=0.05),
+    "memory-smooth-batch": dict(memory="smooth", memory_beta=0.05, particle_batch=4),
     "memory-isotropic-heaviside": dict(memory="fixed", noise="isotropic", sigma=0.3, correction="heaviside"),
     "memory-batch": dict(memory="reevaluated", particle_batch=4),
     "gradient": dict(grad_drift=0.01),
     "gradient-batch-partial": dict(grad_drift=0.01, particle_batch=4, update="partial"),
     "hopping": dict(rule="hopping", sigma=0.7, sigma_decay=0.98),
+    "hopping-rarer": dict(rule="hopping", sigma=0.7, sigma_decay=0.5, sigma_decay_every=3),
     "adam": dict(rule="adam", lamda=0.1),
     "adam-partial": dict(rule="adam", lamda=0.1, particle_batch=4, update="partial"),
     "polarised": dict(kernel="gaussian", kappa=1.5, alpha=2.0),  # a larger alpha would amplify rounding as well
@@ -100,6 +106,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kick": dict(kick_below=0.2, alpha=5.0),
     "patience": dict(patience=2),
     "bounds": dict(bounds=(-0.8, 0.8), sigma=2.0),
+    "bounds-heaviside": dict(bounds=(-0.8, 0.8), sigma=2.0, correction="heaviside"),
+    "ball": dict(bounds=1.1, sigma=2.0),
+    "ball-memory": dict(bounds=1.1, memory="fixed"),
     "evaluated": dict(evaluate_consensus=True),
     "everything": dict(
         noise="isotropic",
@@ -117,7 +126,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         particle_batch=5,
     ),
 }
-NOT_OF_THE_REFERENCE = ("n_particles", "alpha", "sigma", "seed", "particle_batch", "leftover", "evaluate_consensus")
+NOT_OF_THE_REFERENCE = ("n_particles", "alpha", "sigma", "seed", "particle_batch", "leftover")
 
 
 def follow(optimizer: optimzoo.CBO, step, settings: dict[str, Any], columns: dict[str, Any], steps: int = 12) -> None:
@@ -128,11 +137,14 @@ def follow(optimizer: optimzoo.CBO, step, settings: dict[str, Any], columns: dic
     runs = [reference.start(row, alpha=options["alpha"], sigma=columns["sigma"]) for row in x.numpy()]
     kwargs = {key: value for key, value in settings.items() if key not in NOT_OF_THE_REFERENCE}
     kwargs.update(lr=columns["lr"], lamda=columns["lamda"], gradient=numpy_gradient)
+    queue = torch.empty(0, dtype=torch.int64)
     for t in range(steps):
         batch = None
         if options["particle_batch"] is not None:
-            how = dict(seed=options["seed"], since=0, leftover=options["leftover"])
-            batch = consensus.batch_indices(x.shape[1], options["particle_batch"], t, **how).tolist()
+            draw = consensus.draw_of(t, consensus.ORDER)
+            order = random.permutation(x.shape[1], seed=options["seed"], draw=draw)
+            batch, queue = consensus.next_batch(queue, options["particle_batch"], order, options["leftover"])
+            batch = batch.tolist()
         z = {
             name: random.normal(torch.empty_like(x), seed=options["seed"], draw=consensus.draw_of(t, purpose)).numpy()
             for name, purpose in dict(noise=consensus.NOISE, memory=consensus.MEMORY_NOISE, kick=consensus.KICK).items()
@@ -140,10 +152,13 @@ def follow(optimizer: optimzoo.CBO, step, settings: dict[str, Any], columns: dic
         loss = step(optimizer)
         for r, state in enumerate(runs):
             expected = reference.step(state, numpy_objective, {k: v[r] for k, v in z.items()}, batch=batch, **kwargs)
-            if not options["evaluate_consensus"]:
-                np.testing.assert_allclose(loss if len(runs) == 1 else loss[r], expected, rtol=1e-12)
+            np.testing.assert_allclose(loss if len(runs) == 1 else loss[r], expected, rtol=1e-12)
             swarm = optimizer._swarm
-            pairs = dict(x=swarm["particles"], consensus=swarm["consensus"], best=swarm["best"], alpha=swarm["alpha"])
+            pairs = dict(x=swarm["particles"], consensus=swarm["consensus"], best=swarm["best"])
+            if options["ess"] is None:
+                assert options["alpha"] == pytest.approx(state["alpha"], rel=1e-15)
+            else:
+                pairs.update(alpha=swarm["alpha"])
             pairs.update(best_loss=swarm["best_loss"], energies=swarm["energies"])
             pairs.update({key: swarm[key] for key in ("memory", "exp_avg", "exp_avg_sq") if key in swarm})
             for name, value in pairs.items():
@@ -419,6 +434,147 @@ def test_parameters_of_16_bits_have_particles_of_32():
         assert torch.equal(p.detach(), c[0].bfloat16())
 
 
+def test_buffers_stay_where_no_loss_is_finite():
+    model, closure = network()
+    optimizer = optimzoo.CBO(model.parameters(), 6, seed=1, module=model)
+    optimizer.step(closure)
+    before = [buffer.clone() for buffer in model.buffers()]
+    inputs = torch.full((16, 3), math.nan)
+    with pytest.warns(UserWarning, match="all losses of 1 of 1 runs"):
+        optimizer.step(lambda: model(inputs).sum())
+    assert all(map(torch.equal, model.buffers(), before))
+    # The particles have losses, their consensus has none.
+    calls = []
+
+    def closure_without_the_last():
+        calls.append(0)
+        return model(inputs).sum() if len(calls) == 7 else closure()
+
+    optimizer.step(closure_without_the_last)
+    assert all(map(torch.equal, model.buffers(), before))
+
+
+def test_of_several_runs_the_buffers_are_those_of_the_one_that_is_shown():
+    torch.manual_seed(0)
+    model, inputs, winners = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(16, 3), set()
+    optimizer = optimzoo.CBO(model.parameters(), 4, seed=1, module=model, n_runs=3)
+    for _ in range(6):
+        before = model[1].running_mean.clone()
+        optimizer.step(lambda: (model(inputs)[:, 0] - 1).square().mean())
+        winners.add(int(optimizer.best_loss.argmin()))
+        expected = before.lerp(model[0](inputs).mean(0), 0.1)  # by the live parameters
+        torch.testing.assert_close(model[1].running_mean, expected)
+    assert winners != {2}  # the last one is evaluated last anyway
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace", "inverse_quadratic", "bounded"])
+def test_a_particle_of_infinite_loss_leaves_polarised_neighbours_alone(kernel, backend):
+    optimizers = [make(kernel=kernel, kappa=10.0, alpha=2.0) for _ in range(3)]
+    for optimizer, place in zip(optimizers, (0.0, math.inf, math.nan), strict=True):
+        optimizer._swarm["particles"][0, 4] += place
+        losses = torch.linspace(1, 2, N, dtype=torch.float64)
+        losses[4] = math.inf
+        before = optimizer._swarm["particles"].clone()
+        optimizer.step(lambda stacked, losses=losses: losses[None], batched=True)
+        others = [i for i in range(N) if i != 4]
+        assert (optimizer._swarm["particles"] != before)[0, others].any(-1).all()
+    x, *moved = (optimizer._swarm["particles"][0, others] for optimizer in optimizers)
+    assert all(torch.equal(x, y) for y in moved)
+
+
+@pytest.mark.parametrize("correction", ["heaviside", "regularised"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_without_a_loss_of_the_consensus_the_correction_lets_all_move(correction, bad, backend):
+    params, calls = parameters(), []
+    optimizer, plain = make(params, correction=correction), make()
+
+    def closure():
+        calls.append(0)
+        return live(params)() if len(calls) <= N else bad
+
+    optimizer.step(closure)
+    run(plain, 1)
+    torch.testing.assert_close(optimizer._swarm["particles"], plain._swarm["particles"], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("settings", [dict(bounds=(-0.1, 0.2)), dict(bounds=0.3)], ids=str)
+@pytest.mark.parametrize("rule", ["drift", "hopping", "adam"])
+def test_nothing_is_evaluated_outside_of_the_bounds(settings, rule, backend):
+    params = parameters()
+    optimizer = make(params, rule=rule, evaluate_consensus=True, kick_below=1.0, **settings)
+
+    def inside(x):
+        bounds = settings["bounds"]
+        if isinstance(bounds, float):
+            return bool((torch.cat([p.flatten(2) for p in x], -1).norm(dim=-1) <= bounds * (1 + 1e-12)).all())
+        return all(bool(((p >= bounds[0]) & (p <= bounds[1])).all()) for p in x)
+
+    def closure(stacked):
+        assert inside(stacked)
+        return batched(stacked)
+
+    assert inside(optimizer.particles)
+    for t in range(4):
+        if t in (0, 2):
+            for x in optimizer.particles:
+                x.uniform_(-3, 3)
+        optimizer.step(closure, batched=True)
+        assert inside(optimizer.particles)
+        for points in (optimizer.consensus, optimizer.best):
+            assert inside([x[:, None] for x in points])
+    with pytest.warns(UserWarning, match="all losses"):
+        optimizer.step(lambda stacked: batched(stacked) * math.nan, batched=True)
+    assert inside([p[None, None] for p in params])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(correction="heaviside"),
+        dict(evaluate_consensus=True, alpha=0.1),
+        dict(memory="reevaluated"),
+        dict(memory="smooth"),
+        dict(grad_drift=0.01),
+        dict(particle_batch=4, memory="reevaluated", grad_drift=0.01, evaluate_consensus=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("evaluation", ["live", "batched"])
+def test_best_is_the_best_of_all_that_was_evaluated(settings, evaluation):
+    params, seen, steps = parameters(), [], []
+    optimizer = make(params, **settings)
+
+    def closure(*stacked):
+        # Every step sees other data; the losses of personal bests change.
+        losses = (batched(*stacked) if stacked else live(params)()) - 3 * len(steps)
+        points = torch.cat([x.detach().flatten(2) for x in stacked[0]], -1) if stacked else None
+        points = torch.cat([p.detach().flatten() for p in params])[None, None] if points is None else points
+        seen.extend(zip(losses.detach().flatten().tolist(), points[0].tolist(), strict=True))
+        return losses
+
+    for _ in range(6):
+        optimizer.step(closure, batched=evaluation == "batched")
+        steps.append(0)
+        if "grad_drift" in settings and "particle_batch" in settings and evaluation == "batched":
+            lowest = float(optimizer.best_loss)  # points of a batch of gradients that do not move do not count
+            assert lowest in [loss for loss, _ in seen]
+            continue
+        loss, point = min(seen)
+        assert float(optimizer.best_loss) == loss
+        assert optimizer._swarm["best"][0].tolist() == point
+
+
+def test_reduction_leaves_at_least_two():
+    optimizer = make()
+    run(optimizer, 1)
+    for _ in range(8):
+        optimizer._swarm["particles"].mul_(1e-3)
+        optimizer.reduce(0.95)
+        run(optimizer, 1)
+    assert optimizer.particles[0].shape[1] == 2
+    assert consensus.survivors(40, 0.0, 0.99, 1) == 2
+
+
 # Laws
 
 
@@ -652,13 +808,13 @@ def test_what_was_found_can_be_read_and_swapped_in():
 
 def test_cooling_is_that_of_the_reference():
     optimizer = make(alpha=30000.0, sigma=0.5)
-    state = reference.start(np.zeros((2, 1)), alpha=30000.0, sigma=0.5)
+    state, group = reference.start(np.zeros((2, 1)), alpha=30000.0, sigma=0.5), optimizer.param_groups[0]
     for _ in range(3):
         optimizer.cool()
         reference.cool(state)
-        assert optimizer.param_groups[0]["sigma"] == pytest.approx(state["sigma"], rel=1e-15)
-        assert float(optimizer.alpha) == state["alpha"]
-    assert float(optimizer.alpha) == 1e5
+        assert group["sigma"] == pytest.approx(state["sigma"], rel=1e-15)
+        assert group["alpha"] == state["alpha"]
+    assert group["alpha"] == 1e5
 
 
 @pytest.mark.parametrize("settings", [{}, dict(memory="fixed"), dict(rule="adam", lamda=0.1)], ids=str)
@@ -685,11 +841,20 @@ def test_particles_are_dropped_as_they_gather(settings):
 
 
 def test_each_particle_has_its_turn_once_a_pass():
-    how = dict(seed=1, since=0)
-    passes = [consensus.batch_indices(10, 3, number, **how, leftover="drop") for number in range(6)]
+    def batches(count, size, number, leftover):
+        queue, drawn = torch.empty(0, dtype=torch.int64), []
+        for t in range(number):
+            order = random.permutation(count, seed=1, draw=t)
+            chosen, queue = consensus.next_batch(queue, size, order, leftover)
+            drawn.append(chosen)
+        return drawn
+
+    passes = batches(10, 3, 6, "drop")
     assert all(len(set(torch.cat(passes[i : i + 3]).tolist())) == 9 for i in (0, 3))
-    carried = torch.cat([consensus.batch_indices(10, 5, number, **how, leftover="carry") for number in range(4)])
-    assert carried.bincount().tolist() == [2] * 10
+    for count, size in ((10, 3), (10, 4), (7, 5), (5, 4), (6, 6)):
+        carried = batches(count, size, 7 * count, "carry")
+        assert all(len(set(chosen.tolist())) == size for chosen in carried)  # no particle twice in a batch
+        assert torch.cat(carried).bincount(minlength=count).tolist() == [7 * size] * count
     evaluations = []
     optimizer = make(n_particles=10, particle_batch=3)
 
@@ -736,6 +901,18 @@ WRONG_SETTINGS = [
     (dict(betas=(0.9, 1.0)), ValueError, r"betas must be in \[0, 1\), got 1.0"),
     (dict(betas=0.9), ValueError, r"betas must be two numbers in \[0, 1\), got 0.9"),
     (dict(bounds=(1, 0)), ValueError, r"bounds must be \(low, high\) with low < high, got \(1, 0\)"),
+    (dict(bounds=("a", "b")), TypeError, r"bounds must be a number \(low, high\), two numbers, got 'a'"),
+    (dict(bounds=(0, math.nan)), ValueError, r"bounds must be \(low, high\), two numbers, got nan"),
+    (dict(bounds=(1, 1)), ValueError, r"bounds must be \(low, high\) with low < high, got \(1, 1\)"),
+    (dict(bounds=(1, 2, 3)), ValueError, r"bounds must be \(low, high\) with low < high, got \(1, 2, 3\)"),
+    (dict(bounds=0.0), ValueError, "or a radius, finite and > 0, got 0.0"),
+    (dict(bounds="box"), TypeError, "bounds must be a number .* got 'box'"),
+    (dict(alpha=10**400), ValueError, "alpha must be finite and > 0, got 1000"),
+    (dict(lr=1e300, lamda=1e300), ValueError, r"lamda \* lr and sigma \* sqrt\(lr\) must be finite, got \[inf\]"),
+    (dict(memory="smooth", memory_beta=0.0), ValueError, "memory_beta must be finite and > 0, got 0.0"),
+    (dict(sigma_decay_every=0), ValueError, "sigma_decay_every must be at least 1, got 0"),
+    (dict(module=3), TypeError, "module must be a torch.nn.Module, got 3"),
+    (dict(process_group=3), TypeError, "process_group must be a torch.distributed.ProcessGroup, got 3"),
     (dict(sigma_decay=1.5), ValueError, r"sigma_decay must be in \(0, 1\], got 1.5"),
     (dict(patience=0), ValueError, "patience must be at least 1, got 0"),
     (dict(seed=-1), ValueError, r"seed must be a whole number from 0 to 2\*\*63 - 1, got -1"),
@@ -814,6 +991,21 @@ def enabled_backward(params):
     return closure
 
 
+def late_backward(params):
+    """Writes to .grad, and fails in another evaluation."""
+    calls = []
+
+    def closure():
+        calls.append(0)
+        if len(calls) == 3:
+            with torch.enable_grad():
+                live(params)().backward()
+            raise KeyError("mine")
+        return live(params)()
+
+    return closure
+
+
 CLOSURES: dict[str, tuple[Any, type[Exception], str]] = {
     "none": (
         lambda params: None,
@@ -822,6 +1014,8 @@ CLOSURES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "backward": (backward, RuntimeError, r"the closure called backward\(\).*remove the call"),
     "backward with gradients enabled": (enabled_backward, RuntimeError, r"the closure called backward\(\)"),
+    "backward, then an error": (late_backward, KeyError, "mine"),
+    "no function": (lambda params: 3, TypeError, "closure must be callable, got 3"),
     "vector": (lambda params: lambda: params[0] * 1, ValueError, r"loss must be one number, got shape \(3,\)"),
     "complex": (lambda params: lambda: torch.tensor(1j), ValueError, "loss must be real, got torch.complex64"),
     "nothing": (lambda params: lambda: None, TypeError, "the closure must return the loss, got None"),
@@ -831,9 +1025,11 @@ CLOSURES: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
+@pytest.mark.parametrize("grads", [False, True])
 @pytest.mark.parametrize("case", CLOSURES)
-def test_a_closure_that_is_wrong_is_an_error_and_nothing_changes(case):
+def test_a_closure_that_is_wrong_is_an_error_and_nothing_changes(case, grads):
     params = parameters()
+    params[0].grad = torch.ones(3, dtype=torch.float64) if grads else None
     optimizer = make(params, evaluate_consensus=True, grad_drift=0.01, alpha_growth=1.1)
     optimizer.step(live(params))
     make_closure, error, message = CLOSURES[case]
@@ -842,6 +1038,98 @@ def test_a_closure_that_is_wrong_is_an_error_and_nothing_changes(case):
         optimizer.step(make_closure(params))
     assert snapshot(optimizer) == before
     assert torch.equal(torch.get_rng_state(), generator)
+    assert params[1].grad is None
+    assert torch.equal(params[0].grad, torch.ones(3)) if grads else params[0].grad is None
+
+
+def test_a_batched_closure_that_writes_to_the_particles_is_an_error():
+    optimizer = make()
+    with pytest.raises(RuntimeError, match="the closure wrote to the particles that it was given"):
+        optimizer.step(lambda stacked: batched([x.clamp_(-1, 1) for x in stacked]), batched=True)
+    optimizer.step(lambda stacked: batched([x.clone().clamp_(-1, 1) for x in stacked]), batched=True)
+
+
+INTERRUPTED = {
+    "defaults": {},
+    "isotropic": dict(noise="isotropic", sigma=0.3),
+    "kick": dict(kick_below=10.0),
+    "memory": dict(memory="fixed"),
+    "bounds": dict(bounds=1.0),
+}
+
+
+@pytest.mark.parametrize("variant", INTERRUPTED)
+def test_an_interrupt_in_the_move_comes_when_the_step_is_done(variant, monkeypatch):
+    optimizers = [make(**INTERRUPTED[variant]) for _ in range(2)]
+    for optimizer in optimizers:
+        run(optimizer, 2)
+    expected, interrupted = optimizers
+    run(expected, 1)
+    write = optimzoo.CBO._write
+
+    def write_slowly(self, row):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))  # time for the handler
+        write(self, row)
+
+    monkeypatch.setattr(optimzoo.CBO, "_write", write_slowly)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, 1)
+    assert snapshot(interrupted) == snapshot(expected)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("variant", INTERRUPTED)
+def test_what_fails_before_the_move_leaves_no_half_of_a_step(variant, error, monkeypatch):
+    optimizer = make(**INTERRUPTED[variant])
+    run(optimizer, 2)
+    before = snapshot(optimizer)
+    failing = dict(defaults="_native_move", isotropic="_native_move", kick="_noise", memory="_noise", bounds="_kick")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(optimzoo.CBO, failing[variant], fail)
+    with pytest.raises(error):
+        run(optimizer, 1)
+    assert snapshot(optimizer) == before
+
+
+def test_in_another_thread_there_is_nothing_to_hold_back():
+    optimizer, done = make(), []
+    thread = threading.Thread(target=lambda: done.append(run(optimizer, 1)))
+    thread.start()
+    thread.join()
+    assert done == [None]
+
+
+@pytest.mark.parametrize("value", [0, math.nan, -1.0, "sharp", 10**400])
+@pytest.mark.parametrize("name", ["alpha", "lamda", "sigma", "lr"])
+def test_what_is_written_into_a_group_is_checked(name, value):
+    optimizer = make()
+    optimizer.param_groups[0][name] = value
+    before = bits(optimizer._swarm["particles"])
+    if value == 0 and name != "alpha":
+        run(optimizer, 1)
+        return
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+        run(optimizer, 1)
+    assert bits(optimizer._swarm["particles"]) == before
+
+
+def test_alpha_is_a_setting_like_others():
+    one, other = make(alpha=3.0), make(alpha=50.0)
+    other.param_groups[0]["alpha"] = 3.0
+    for optimizer in (one, other):
+        run(optimizer, 2)
+    assert torch.equal(one._swarm["particles"], other._swarm["particles"])
+    assert other.alpha.tolist() == [3.0]
+    params = parameters()
+    two = make([dict(params=params[:1]), dict(params=params[1:])])
+    two.param_groups[1]["alpha"] = 3.0
+    with pytest.raises(ValueError, match=r"alpha is one for all groups, got 50\.0 and 3\.0"):
+        run(two, 1)
 
 
 def test_a_batched_closure_must_return_a_loss_for_each_particle():
@@ -871,10 +1159,24 @@ def test_a_gradient_needs_a_graph_and_leaves_grad_alone():
     ("change", "message"),
     [
         (lambda d: d.pop("state"), "state_dict lacks 'state'"),
-        (lambda d: d.update(state={}), "the state of parameter 0 lacks alpha, batches, best"),
+        (lambda d: d["state"].update({0: 3}), "the state of parameter 0 must be a dictionary, got 3"),
+        (lambda d: d.update(state={}), "the state of parameter 0 lacks alpha, best, best_loss"),
         (lambda d: d["state"][0].pop("memory"), "the state of parameter 0 lacks memory"),
-        (lambda d: d["state"][0].update(particles=torch.zeros(1, N, 3)), r"particles of parameter 0 must have shape"),
+        (
+            lambda d: d["state"][0].update(particles=torch.zeros(1, N, 3)),
+            r"particles of parameter 0 must be a floating-point tensor of shape \(1, 9, 7\)",
+        ),
         (lambda d: d["param_groups"][0].update(sigma=-1.0), "sigma must be finite"),
+        (lambda d: d["param_groups"][0].update(n_runs=2), r"particles of parameter 0 must be .* \(2, 9, 7\)"),
+        (lambda d: d["state"][0].update(best=torch.zeros(1, 3)), r"best of parameter 0 must be .* shape \(1, 7\)"),
+        (lambda d: d["state"][0].update(memory=torch.zeros(1, 3, 7)), r"memory of parameter 0 must .* \(1, 9, 7\)"),
+        (lambda d: d["state"][0].update(alpha=torch.ones(4)), r"alpha of parameter 0 must be .* shape \(1,\)"),
+        (lambda d: d["state"][0].update(waited=torch.ones(1)), "waited of parameter 0 must be an integer"),
+        (lambda d: d["state"][0].update(energies=3), "energies of parameter 0 must be a floating-point .* got 3"),
+        (lambda d: d["state"][0].update(step=-1), "step of parameter 0 must be a whole number >= 0, got -1"),
+        (lambda d: d["state"][0].update(count=4), "parameter 0 has 9 particles, from number 0 on, of 4"),
+        (lambda d: d["state"][0].update(count=20), "of 20; processes: 1"),
+        (lambda d: d["state"][0].update(queue=torch.zeros(2, 2).long()), "queue of parameter 0 must be"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_changes_nothing(change, message):
@@ -925,8 +1227,43 @@ def test_settings_under_which_particles_spread_warn_with_the_number():
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="particles will spread"):
         make(noise="isotropic", sigma=1.5)
-    make(sigma=10.0, noise_clip=1.0)
     make(sigma=10.0, rule="hopping")
+    make(lr=0.0, sigma=10.0)  # a scheduler may begin there
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(lamda=0.0, sigma=10.0), r"to shrink, sigma must be below 4\.9\d+ at"),
+        (dict(lamda=0.0, sigma=0.0), "grows by 0 a step; to shrink, lamda must be above 0"),
+        (dict(lamda=0.0, sigma=0.1, noise="isotropic"), "to shrink, lamda must be above 0"),
+        (dict(sigma=10.0, noise_clip=1.0), "a step below noise_clip=1; to shrink, sigma must be below"),
+        (dict(lamda=2.2, lr=1.0, sigma=0.0), r"to shrink, lamda \* lr must be below 2, and is 2\.2$"),
+        (dict(lamda=1e200, lr=1e100, sigma=0.0), r"lamda \* lr must be below 2"),
+    ],
+)
+def test_the_warning_says_what_would_help(settings, message):
+    with pytest.warns(UserWarning, match=message):
+        make(**settings)
+
+
+def test_where_noise_alone_contracts_there_is_no_warning():
+    make(lamda=0.0, sigma=2.0)
+    make(lamda=2.2, lr=1.0, sigma=0.8)  # overshoots by less than the noise takes back
+    make(sigma=1e-170)
+    make(sigma=1e-170, noise="isotropic")
+    assert consensus.expected_log_ratio(0.1, 1e-170) == pytest.approx(math.log(0.9), rel=1e-12)
+
+
+def test_the_norm_of_isotropic_noise_counts_all_groups():
+    params = [nn.Parameter(torch.zeros(30)), nn.Parameter(torch.zeros(300))]
+    how = dict(noise="isotropic", sigma=0.2)
+    with pytest.warns(UserWarning, match="particles will spread") as caught:
+        make([dict(params=params[:1]), dict(params=params[1:], sigma=0.01)], **how)
+    assert [str(warning.message)[:53] for warning in caught] == [str(caught[0].message)[:53]]  # sigma=0.01 contracts
+    optimizer = make(params[:1], **how)  # does not warn
+    with pytest.warns(UserWarning, match=r"at sigma=0\.2 "):
+        optimizer.add_param_group(dict(params=params[1:], sigma=0.01))
 
 
 # cbx
@@ -956,6 +1293,19 @@ def test_ten_steps_are_those_of_cbx_to_1e_9():
 
 
 # The solution
+
+
+@pytest.mark.parametrize("function", ["rastrigin", "ackley"])
+def test_a_function_may_be_evaluated_in_parts(function):
+    value = FUNCTIONS[function].value
+    x = torch.randn(3, 1000, 40, dtype=torch.float64, requires_grad=True)  # two parts
+    losses = value(x)
+    assert losses.shape == (3, 1000)
+    for run, i in ((0, 0), (1, 637), (1, 638), (2, 999)):
+        torch.testing.assert_close(losses[run, i], value(x[run, i]), rtol=1e-14, atol=1e-13)
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    (last,) = torch.autograd.grad(value(x[2, 999]), x)
+    torch.testing.assert_close(gradient[2, 999], last[2, 999], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["rastrigin", "ackley"])

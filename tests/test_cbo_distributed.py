@@ -29,14 +29,22 @@ VARIANTS = {
     "hopping": dict(rule="hopping", sigma=0.7),
     "kicks": dict(kick_below=0.2, patience=2),
     "gradient": dict(grad_drift=0.01),
+    "polarised": dict(kernel="gaussian", kappa=1.5, alpha=2.0, n_runs=2),
+    "polarised-batch": dict(kernel="bounded", kappa=2.0, particle_batch=3),
+    "smooth": dict(memory="smooth"),
+    "ball": dict(bounds=1.5, evaluate_consensus=True),
+    "reduced": dict(particle_batch=2, leftover="carry"),
     "runs": dict(n_runs=3, evaluate_consensus=True),
 }
 
 
-def train(settings, closures, group=None):
+def train(settings, closures, group=None, reduces=False):
     params = parameters()
     optimizer = optimzoo.CBO(params, N, seed=3, process_group=group, **settings)
-    for _ in range(STEPS):
+    for t in range(STEPS):
+        if reduces and t % 2:
+            optimizer._swarm["particles"].mul_(0.1)
+            optimizer.reduce(0.4)
         loss = optimizer.step(live(params)) if closures == "live" else optimizer.step(batched, batched=True)
     return optimizer, loss
 
@@ -45,11 +53,11 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name, settings in VARIANTS.items():
         for closures in ("live", "batched"):
-            alone, expected = train(settings, closures)
-            shared, loss = train(settings, closures, dist.group.WORLD)
+            alone, expected = train(settings, closures, reduces=name == "reduced")
+            shared, loss = train(settings, closures, dist.group.WORLD, reduces=name == "reduced")
             x, mine = alone._swarm["particles"], shared._swarm["particles"]
             first = shared._swarm["first"]
-            assert mine.shape[1] == (6, 5)[rank], name
+            assert mine.shape[1] == (6, 5)[rank] or name == "reduced", name
             close = dict(rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
             torch.testing.assert_close(mine, x[:, first : first + mine.shape[1]], **close)
             torch.testing.assert_close(loss, expected, **close)
@@ -67,12 +75,24 @@ def worker(rank: int, folder: str) -> None:
     with pytest.warns(UserWarning, match="infinite or NaN"):
         optimizer.step(lambda stacked: batched(stacked) + torch.inf, batched=True)
     assert torch.equal(optimizer._swarm["particles"], before)
-    with pytest.raises(ValueError, match="kernel needs all particles in one process"):
-        optimzoo.CBO(parameters(), N, kernel="gaussian", process_group=dist.group.WORLD)
+    # A rank whose particles are all gone takes part: with some of the seeds the two that stay are on one rank.
+    for settings in (dict(noise="isotropic", sigma=0.3), dict(kernel="gaussian"), dict(memory="reevaluated")):
+        empty = 0
+        for seed in range(6):
+            optimizer = optimzoo.CBO(parameters(), 8, seed=seed, process_group=dist.group.WORLD, **settings)
+            for _ in range(3):
+                optimizer.step(batched, batched=True)
+                optimizer._swarm["particles"].mul_(1e-3)
+                left = optimizer.reduce(0.99)
+            optimizer.step(batched, batched=True)
+            assert optimizer._params[0].isfinite().all()
+            sizes = [None, None]
+            dist.all_gather_object(sizes, optimizer.particles[0].shape[1])
+            assert sum(sizes) == left == 2
+            empty += 0 in sizes
+        assert empty > 0
     with pytest.raises(ValueError, match="n_particles must be at least two for each of 2 processes"):
         optimzoo.CBO(parameters(), 3, process_group=dist.group.WORLD)
-    with pytest.raises(RuntimeError, match="reduce is for particles in one process"):
-        optimizer.reduce()
     dist.destroy_process_group()
 
 

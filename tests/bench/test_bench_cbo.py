@@ -31,7 +31,7 @@ def test_tables_are_made_of_what_is_there(tmp_path, capsys):
     (tmp_path / "cbo.jsonl").write_text(json.dumps(dict(key=key, record=record)) + "\n")
     assert cbo.main(["--out", str(tmp_path), "--md"]) == 0
     text = capsys.readouterr().out
-    assert "| Rastrigin | 20 | 40 | 5000 | 0 | 97 [92, 99] | not run | 2 |" in text
+    assert "| Rastrigin | 20 | 40 | 5000 | 0 | 100 | 97 [92, 99] | not run | 2 |" in text
 
 
 def test_every_cell_has_arguments_that_can_be_written_and_names_no_other_has():

@@ -81,13 +81,23 @@ def _noise(difference, z, kind, clip):
 def _gate(energies, at_consensus, correction, eps):
     gates = []
     for e in energies:
-        if correction is None or math.isinf(e):
-            gates.append(1.0 if correction is None or e > at_consensus or correction == "regularised" else 0.0)
+        if correction is None or math.isinf(e) or math.isinf(at_consensus):
+            gates.append(1.0)  # there is nothing to compare
         elif correction == "heaviside":
             gates.append(1.0 if e > at_consensus else 0.0)
         else:
             gates.append((1 + math.tanh((e - at_consensus) / eps)) / 2)
     return np.array(gates)
+
+
+def projected(x, bounds):
+    """The nearest point of a box, or of a ball about the origin."""
+    if bounds is None:
+        return x
+    if isinstance(bounds, tuple):
+        return np.clip(x, *bounds)
+    norm = np.sqrt((x**2).sum())
+    return x * min(1.0, bounds / norm)
 
 
 def start(x, *, alpha, sigma):
@@ -121,6 +131,7 @@ def step(
     noise="anisotropic",
     rule="drift",
     correction=None,
+    evaluate_consensus=False,
     correction_on="both",
     correction_eps=1e-3,
     noise_clip=None,
@@ -128,6 +139,8 @@ def step(
     lamda_memory=0.4,
     sigma_memory=None,
     memory_order="sequential",
+    memory_kappa=10.0,
+    memory_beta=30.0,
     grad_drift=0.0,
     gradient=None,
     betas=(0.9, 0.99),
@@ -138,6 +151,7 @@ def step(
     alpha_growth=1.0,
     alpha_max=1e5,
     sigma_decay=1.0,
+    sigma_decay_every=1,
     kick_below=None,
     patience=None,
     bounds=None,
@@ -149,27 +163,40 @@ def step(
     `z` holds standard normal arrays of the shape of x under "noise", "memory" and "kick"; `lr`, `lamda` and
     `state["sigma"]` may be arrays over the coordinates.
     """
-    x, count = state["x"].copy(), len(state["x"])
+    x, count = np.array([projected(point, bounds) for point in state["x"]]), len(state["x"])
     batch = list(range(count)) if batch is None else sorted(set(batch))
-    sigma = state["sigma"]
+    sigma, best_before = state["sigma"], state["best_loss"]
+
+    def evaluate(point):
+        return _finite(f(point))
+
+    def compare(point, energy):
+        if energy < state["best_loss"]:
+            state["best"], state["best_loss"] = point.copy(), energy
 
     seen = np.full(count, math.inf)
     for i in batch:
-        seen[i] = _finite(f(x[i]))
+        seen[i] = evaluate(x[i])
+        compare(x[i], seen[i])
     state["energies"] = np.where(np.isin(np.arange(count), batch), seen, state["energies"])
-    improved = seen.min() < state["best_loss"]
-    if improved:
-        state["best_loss"], state["best"] = seen.min(), x[seen.argmin()].copy()
 
     points, energies = x, seen
     if memory is not None:
         y, fy = state["memory"].copy(), state["memory_energies"].copy()
-        if memory == "reevaluated" and state["step"] > 0:
+        if state["step"] == 0:
+            y, fy = x.copy(), seen.copy()
+        elif memory == "smooth":
             for i in batch:
-                fy[i] = _finite(f(y[i]))
-        for i in batch:
-            if seen[i] < fy[i]:
-                y[i], fy[i] = x[i], seen[i]
+                share = (1 + math.tanh(memory_beta * (fy[i] - seen[i]))) / 2
+                y[i] = y[i] + memory_kappa * lr * (x[i] - y[i]) * share
+        if memory in ("reevaluated", "smooth") and state["step"] > 0:
+            for i in batch:
+                fy[i] = evaluate(y[i])
+                compare(y[i], fy[i])
+        if memory != "smooth":
+            for i in batch:
+                if seen[i] < fy[i]:
+                    y[i], fy[i] = x[i], seen[i]
         state["memory"], state["memory_energies"] = y, fy
         points = y
         energies = np.where(np.isin(np.arange(count), batch), fy, math.inf)
@@ -194,11 +221,16 @@ def step(
             costs = np.array([math.inf, *(energies[j] for j in active)])
             towards[i] = _polarised(np.array(others), costs, alpha, kernel, kappa, kernel_alpha)[0]
         c = towards[energies.argmin()].copy()
+    if kernel is None:
+        c = projected(c, bounds)
+        towards = np.tile(c, (count, 1))
 
     loss = seen.min()
     gate = np.ones(count)
+    if correction is not None or evaluate_consensus:
+        loss = evaluate(c)
+        compare(c, loss)
     if correction is not None:
-        loss = _finite(f(c))
         gate = _gate(state["energies"], loss, correction, correction_eps)
     noise_gate = gate if correction_on == "both" else np.ones(count)
 
@@ -226,22 +258,20 @@ def step(
             new[i] = new[i] - lamda_memory * lr * dm
             new[i] += sm * np.sqrt(lr) * _noise(dm, z["memory"][i], noise, noise_clip)
         if grad_drift:
+            compare(new[i], evaluate(new[i]))
             new[i] = new[i] - grad_drift * lr * gradient(new[i])
 
-    state["waited"] = 0 if improved else state["waited"] + 1
+    state["waited"] = 0 if state["best_loss"] < best_before else state["waited"] + 1
     way = math.inf if state["consensus"] is None else np.abs(c - state["consensus"]).max()
     if kick_below is not None and way < kick_below:
         new += sigma * np.sqrt(lr) * z["kick"]
     if patience is not None and state["waited"] >= patience:
         new += 0.1 * np.sqrt(lr) * z["kick"]
         state["waited"] = 0
-    if bounds is not None:
-        new = np.clip(new, *bounds)
-
-    state["x"], state["consensus"] = new, c
+    state["x"], state["consensus"] = np.array([projected(point, bounds) for point in new]), c
     state["alpha"] = min(state["alpha"] * alpha_growth, alpha_max) if alpha_growth != 1 else state["alpha"]
-    state["sigma"] = sigma * sigma_decay
     state["step"] += 1
+    state["sigma"] = sigma * sigma_decay if state["step"] % sigma_decay_every == 0 else sigma
     return loss
 
 
