@@ -6,7 +6,7 @@ import functools
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 
-from optimzoo.optimizer import check_number, sum_of_products
+from optimzoo import ops
+from optimzoo.optimizer import check_number, local, sum_of_products
 
 _HAS_DISTRIBUTED = torch.distributed.is_available()
 if _HAS_DISTRIBUTED:
@@ -28,6 +29,7 @@ Test: TypeAlias = Literal["norm", "inner_product", "augmented", "coordinatewise"
 Source: TypeAlias = Literal["per_sample", "micro_batch", "ddp"]
 TESTS = ("norm", "inner_product", "augmented", "coordinatewise")
 SOURCES = ("per_sample", "micro_batch", "ddp")
+_NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
@@ -174,6 +176,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         max_batch_size: the most that it may become. Default: the length of the dataset.
         max_micro_batch_size: the most samples of one loader's batch. A larger batch comes in as many micro-batches as
             it takes, as equal as can be. Default: no bound.
+        min_accumulation_steps: the fewest micro-batches of a batch. Their variance needs two, and is the less noisy the
+            more there are. Default 1.
         shuffle: draw in random order. Default ``True``.
         drop_last: leave out what remains of an epoch when it is less than a batch. Default ``False``.
         generator: draws the seed, once. Default: torch's own. All ranks use the first rank's seed.
@@ -203,6 +207,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         *,
         max_batch_size: int | None = None,
         max_micro_batch_size: int | None = None,
+        min_accumulation_steps: int = 1,
         shuffle: bool = True,
         drop_last: bool = False,
         generator: torch.Generator | None = None,
@@ -222,9 +227,9 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         self.max_micro_batch_size = max_micro_batch_size
         if max_micro_batch_size is not None:
             _check_int("max_micro_batch_size", max_micro_batch_size, 1, math.inf)
-        self.first = 1
+        _check_int("min_accumulation_steps", min_accumulation_steps, 1, math.inf)
+        self.min_accumulation_steps = min_accumulation_steps
         self.batch_size = batch_size
-        self.first = split(batch_size, self.num_replicas, max_micro_batch_size).accumulation_steps
         self.shuffle, self.drop_last = shuffle, drop_last
         seed = [int(torch.empty((), dtype=torch.int64).random_(generator=generator))]
         if grouped and self.num_replicas == dist.get_world_size() > 1:
@@ -248,7 +253,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         if self._steps(value) * self.num_replicas > value:
             raise ValueError(
                 f"batch_size={value!r} has no sample for each of {self._steps(value)} micro-batches of "
-                f"{self.num_replicas} ranks, which max_micro_batch_size={self.max_micro_batch_size} makes it"
+                f"{self.num_replicas} ranks, with max_micro_batch_size={self.max_micro_batch_size} and "
+                f"min_accumulation_steps={self.min_accumulation_steps}"
             )
         self._batch_size = value
 
@@ -258,7 +264,9 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         return self._steps(self.batch_size)
 
     def _steps(self, batch_size: int) -> int:
-        return split(batch_size, self.num_replicas, self.max_micro_batch_size, self.first).accumulation_steps
+        return split(
+            batch_size, self.num_replicas, self.max_micro_batch_size, self.min_accumulation_steps
+        ).accumulation_steps
 
     @property
     def current(self) -> Batch | None:
@@ -353,7 +361,6 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             "epoch": self.epoch,
             "position": self.position,
             "batch_size": self.batch_size,
-            "first": self.first,
             "planned": planned,
             "length": self.length,
         }
@@ -368,7 +375,6 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             raise ValueError(f"the state is of a dataset of length {state_dict['length']}, this has {self.length}")
         self.batch_size = state_dict["batch_size"]
         self.seed, self.epoch, self.position = (state_dict[name] for name in ("seed", "epoch", "position"))
-        self.first = state_dict["first"]
         self._drawn, self._planned = deque(), list(state_dict["planned"])
         self._at, self._yielded = self.position, 0
 
@@ -413,12 +419,7 @@ class _PerSample:
         mean_square = float(sum_of_products(means, means))
         moments = Moments(batch.samples, batch.samples, float(squares), mean_square)
         if schedule.test == "coordinatewise":
-            variances = [
-                sum_of((chunk - mean).square().sum(0) for chunk in chunks) / (batch.samples - 1)
-                for chunks, mean in zip(samples, means, strict=True)
-            ]
-            for variance in variances:
-                schedule._all_reduce(variance)
+            variances = [schedule._all_reduce(total) / (batch.samples - 1) for total in sum_samples(samples, means)[0]]
             return moments._replace(worst=float(worst_ratio(variances, means, schedule.quantile)))
         if schedule.test != "norm":
             inner = schedule._all_reduce(project_samples(samples, means).square().sum())
@@ -459,7 +460,7 @@ class _MicroBatches:
             self.others, self.before = self._others(batch, after), []
         elif self.schedule.test == "norm" and self.before:
             fresh = {param: grad.clone() for param, grad in after.items() if param not in self.before[0]}
-            torch._foreach_copy_(list(self.before[0].values()), [after[param] for param in self.before[0]])
+            torch._foreach_copy_([*map(local, self.before[0].values())], [local(after[p]) for p in self.before[0]])
             self.before[0] |= fresh
         else:
             self.before.append({param: grad.clone() for param, grad in after.items()})
@@ -520,6 +521,7 @@ class _Ranks:
 
             return cast("torch.futures.Future[Tensor]", future.then(after))
 
+        reduce.__annotations__ = {}  # DDP compares them with classes, and these are strings
         model.register_comm_hook(None, reduce)
 
     def clear(self) -> None:
@@ -678,8 +680,8 @@ class AdaptiveBatchSize:
         elif source == "micro_batch":
             if passes < 2:
                 problem = (
-                    "needs two micro-batches or more in a batch, the sampler has one: "
-                    f"max_micro_batch_size must be at most half of batch_size={sampler.batch_size} on a rank"
+                    "needs two micro-batches or more in a batch, the sampler has "
+                    f"min_accumulation_steps={sampler.min_accumulation_steps} for batch_size={sampler.batch_size}"
                 )
             elif ranks > 1 and not sharded:
                 problem = "needs sharded parameters (FSDP2) on several ranks; for DDP use source='ddp' and model="
@@ -813,7 +815,7 @@ class AdaptiveBatchSize:
         sampler = self.sampler
         ranks, limit = sampler.num_replicas, sampler.max_batch_size
         batch_size = min(batch_size, limit // ranks * ranks)
-        return split(batch_size, ranks, sampler.max_micro_batch_size, sampler.first, limit).batch_size
+        return split(batch_size, ranks, sampler.max_micro_batch_size, sampler.min_accumulation_steps, limit).batch_size
 
     def _couple(self) -> None:
         """Bring the learning rates to the size of the batch that comes next, which was drawn some steps ago."""
@@ -919,27 +921,49 @@ class SamplesLR(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "schedule"}
 
 
-def sum_samples(samples: list[list[Tensor]]) -> tuple[list[Tensor], Tensor]:
+def sum_samples(samples: list[list[Tensor]], means: list[Tensor] | None = None) -> tuple[list[Tensor], Tensor]:
     """The sums over samples for each parameter, and the sum of all squares, in float64.
 
     Args:
         samples: for each parameter the gradients of single samples, in one or more matrices with a row for each.
+        means: if they are given, sum the squared differences from them.
     """
-    sums = [torch.zeros(chunks[0].shape[1], dtype=torch.float64, device=chunks[0].device) for chunks in samples]
-    for total, chunks in zip(sums, samples, strict=True):
-        for chunk in chunks:
-            total += chunk.sum(0, dtype=torch.float64)
-    every = [chunk for chunks in samples for chunk in chunks]
-    return sums, sum_of_products(every, every)
+    device = samples[0][0].device
+    sums = [torch.zeros(chunks[0].shape[1], dtype=torch.float64, device=device) for chunks in samples]
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    op = _native("sample_sums", samples)
+    for k in range(max(map(len, samples))):  # threads share the sums of one call
+        rows = [i for i, chunks in enumerate(samples) if k < len(chunks)]
+        if op is not None:
+            part = torch.zeros_like(squares)
+            centres = [] if means is None else [means[i] for i in rows]
+            op([samples[i][k] for i in rows], centres, [sums[i] for i in rows], part)
+            squares += part
+            continue
+        for i in rows:
+            values = samples[i][k].double() - (0 if means is None else means[i])
+            sums[i] += values.sum(0) if means is None else values.square().sum(0)
+            squares += values.square().sum()
+    return sums, squares
 
 
 def project_samples(samples: list[list[Tensor]], vectors: list[Tensor]) -> Tensor:
     """The inner product of each sample with the vectors, which are float64 and together one long vector."""
     rows = sum(chunk.shape[0] for chunk in samples[0])
     products = torch.zeros(rows, dtype=torch.float64, device=vectors[0].device)
+    if op := _native("sample_dots", samples):
+        op([torch.cat(chunks) if len(chunks) > 1 else chunks[0] for chunks in samples], vectors, products)
+        return products
     for chunks, vector in zip(samples, vectors, strict=True):
         products += torch.cat([chunk.double() @ vector for chunk in chunks])
     return products
+
+
+def _native(name: str, samples: list[list[Tensor]]) -> Callable[..., None] | None:
+    """The native reduction, where it takes these."""
+    every = [chunk for chunks in samples for chunk in chunks]
+    fits = all(chunk.is_cpu and chunk.is_contiguous() and chunk.dtype in _NATIVE for chunk in every)
+    return ops.native(name, every[0].device) if fits else None
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -983,9 +1007,9 @@ def _grad_samples(params: list[Tensor], count: int) -> list[list[Tensor]]:
                 continue
             raise RuntimeError(
                 f"there is no variance to be found: params[{i}] of shape {tuple(param.shape)} has no grad_sample. Set "
-                "p.grad_sample (torch.func, or Opacus' GradSampleModule); or give the sampler a max_micro_batch_size "
-                "of at most half of its batch_size, and add up the gradients of its micro-batches; or give the "
-                "schedule the DistributedDataParallel model"
+                "p.grad_sample (torch.func, or Opacus' GradSampleModule); or give the sampler min_accumulation_steps=2 "
+                "or more, and add up the gradients of its micro-batches; or give the schedule the "
+                "DistributedDataParallel model"
             )
         chunks = [_real(chunk.detach()) for chunk in (value if isinstance(value, list | tuple) else [value])]
         rows = sum(len(chunk) for chunk in chunks)

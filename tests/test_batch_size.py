@@ -17,8 +17,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import optimzoo
-from optimzoo import AdaptiveBatchSampler, AdaptiveBatchSize, SamplesLR
-from optimzoo.batch_size import Moments, next_batch_size, split
+from optimzoo import AdaptiveBatchSampler, AdaptiveBatchSize, SamplesLR, batch_size, ops
+from optimzoo.batch_size import Moments, next_batch_size, project_samples, split, sum_samples
 
 THRESHOLDS = dict(eta=0.5, theta=0.4, nu=0.7)
 TESTS = ("norm", "inner_product", "augmented", "coordinatewise")
@@ -413,6 +413,49 @@ def test_other_dtypes(dtype):
     assert schedule.wanted == pytest.approx(literal(real.double().numpy(), "norm"), rel=tolerance)
 
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(1, 40), width=st.sampled_from([1, 15, 16, 17, 1500]), parts=st.integers(1, 3), seed=seeds)
+def test_native_reductions_are_those_of_torch(dtype, rows, width, parts, seed):
+    draw = torch.Generator().manual_seed(seed)
+    samples = [list(torch.randn(rows, n, generator=draw).to(dtype).chunk(parts)) for n in (width, 3)]
+    vectors = [torch.randn(n, generator=draw, dtype=torch.float64) for n in (width, 3)]
+
+    def results():
+        sums, squares = sum_samples(samples)
+        centred, total = sum_samples(samples, vectors)
+        return [*sums, *centred, squares, total, project_samples(samples, vectors)]
+
+    native = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_size, "_native", lambda name, samples: None)
+        for left, right in zip(native, results(), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(bool(ops.missing("cpu")), reason="needs the native library")
+def test_native_reductions_say_what_they_cannot_read():
+    sums = [torch.zeros(3, dtype=torch.float64)]
+    out, products = torch.zeros((), dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    samples = torch.zeros(4, 3)
+    op, dots = torch.ops.optimzoo.sample_sums, torch.ops.optimzoo.sample_dots
+    for wrong in (samples.T.contiguous().T, torch.zeros(4, 2), samples.int(), torch.zeros(())):
+        with pytest.raises(RuntimeError, match=r"samples\[0\] must be contiguous on the CPU"):
+            op([wrong], [], sums, out)
+        with pytest.raises(RuntimeError, match=r"samples\[0\] must be contiguous on the CPU"):
+            dots([wrong], sums, products)
+    with pytest.raises(RuntimeError, match="samples, means and sums hold 1, 2 and 1 tensors"):
+        op([samples], sums * 2, sums, out)
+    with pytest.raises(RuntimeError, match="squares must be one float64 number"):
+        op([samples], [], sums, out.float())
+    with pytest.raises(RuntimeError, match="vectors holds 1 tensors, samples 2"):
+        dots([samples] * 2, sums, products)
+    torch.library.opcheck(op.default, ([samples], [], sums, out))
+    torch.library.opcheck(dots.default, ([samples], sums, products))
+
+
 def test_noise_of_known_trace_makes_the_batch_grow_like_one_over_the_squared_gradient():
     # Gradient 2 x with additive noise of trace 5, on x = 4, 2, 1, ..: T = 5 / (eta^2 |2 x|^2).
     draw = torch.Generator().manual_seed(0)
@@ -621,7 +664,9 @@ def test_sources_that_cannot_be_had():
     optimizer = torch.optim.SGD(parameters(6), lr=0.1)
     with pytest.raises(TypeError, match="sampler must be the AdaptiveBatchSampler that the DataLoader has as batch_s"):
         AdaptiveBatchSize(optimizer, DataLoader(range(10), batch_size=2))
-    with pytest.raises(ValueError, match=r"source='micro_batch' needs two micro-batches or more.*batch_size=8"):
+    with pytest.raises(
+        ValueError, match=r"source='micro_batch' needs two micro-batches or more.*steps=1 for batch_size=8"
+    ):
         AdaptiveBatchSize(optimizer, AdaptiveBatchSampler(range(100), 8), source="micro_batch")
     with pytest.raises(ValueError, match="source='per_sample' needs two samples or more"):
         AdaptiveBatchSize(optimizer, AdaptiveBatchSampler(range(100), 1))

@@ -188,6 +188,8 @@ def test_the_seed_is_drawn_once():
         (dict(batch_size=8, max_batch_size=7), "batch_size must be an int >= 1 and <= 7, got 8"),
         (dict(batch_size=8, max_batch_size=21), "max_batch_size must be an int >= 1 and <= 20, got 21"),
         (dict(batch_size=8, max_micro_batch_size=0), "max_micro_batch_size must be an int >= 1, got 0"),
+        (dict(batch_size=8, min_accumulation_steps=0), "min_accumulation_steps must be an int >= 1, got 0"),
+        (dict(batch_size=3, min_accumulation_steps=4), "batch_size=3 has no sample for each of 4 micro-batches of"),
         (dict(batch_size=8, num_replicas=2, rank=2), "rank must be an int >= 0 and <= 1, got 2"),
         (dict(batch_size=1, num_replicas=2, rank=0), "batch_size must be an int >= 2 and <= 20, got 1"),
         (dict(batch_size=5, num_replicas=2, rank=0, max_micro_batch_size=1), "5 has no sample for each of 3"),
@@ -196,6 +198,13 @@ def test_the_seed_is_drawn_once():
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveBatchSampler(range(20), **options)
+
+
+def test_the_fewest_micro_batches():
+    sampler = sampler_of(100, 12, min_accumulation_steps=3, max_micro_batch_size=8)
+    expected = [4, 4, 4], [4, 4, 4], [8, 8, 8], [7, 6, 6, 6], [6, 6, 5, 5, 5]  # what is left of 39
+    assert [len(batch) for batch in run(sampler, [12, 24, 25, 39])[0]] == flat(expected)
+    assert sampler.accumulation_steps == 5
 
 
 def test_wrong_use_is_named():
