@@ -96,7 +96,7 @@ def train(task: str, policy: Policy, optimizer: str, lr: float, seed: int, budge
     total = round(budget * spec.epochs * len(labels))
     lrs = SamplesLR(schedule, total, WARMUP * total)
     doublings = max(1, round(math.log2(policy.last / policy.first)))
-    path, start = [], time.perf_counter()
+    path, start = [], time.process_time()
     while schedule.samples < total:
         for rows in sampler:
             (schedule.weight * TASKS[task].loss(model, (inputs[rows], labels[rows]))).backward()
@@ -112,7 +112,7 @@ def train(task: str, policy: Policy, optimizer: str, lr: float, seed: int, budge
                 sampler.batch_size = min(policy.last, policy.first * 2**stage)
             if schedule.samples >= total:
                 break
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     held_out = data.test if final else data.validation
     accuracy = 100 * TASKS[task].evaluate(model, held_out)["accuracy"]
     return Outcome(accuracy, schedule.steps, seconds, path, lr)
@@ -241,10 +241,10 @@ def cost(rounds: int, repeats: int) -> list[list[str]]:
             for _ in range(rounds):
                 for test, step in steps.items():
                     step()
-                    start = time.perf_counter()
+                    start = time.process_time()
                     for _ in range(repeats):
                         step()
-                    samples[test].append((time.perf_counter() - start) / repeats)
+                    samples[test].append((time.process_time() - start) / repeats)
             for test in tests:
                 more = [100 * (a / b - 1) for a, b in zip(samples[test], samples[None], strict=True)]
                 plain = 1e3 * statistics.median(samples[None])
@@ -435,7 +435,7 @@ def run_preset(args: argparse.Namespace, reader: Any = None) -> Outcome:
                 print(f"{schedule.samples} samples, step {schedule.steps}, batch {sampler.batch_size}", file=sys.stderr)
             if schedule.samples >= preset.samples:
                 break
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     model.eval()
     right = 0
     with torch.no_grad():

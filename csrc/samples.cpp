@@ -1,5 +1,6 @@
-// Reductions of the gradients of single samples: matrices with a row for each sample, in float64, each read once where
-// torch reads it twice or makes a copy. Pieces and their order do not depend on the threads.
+// What the tests of the gradient's noise read: gradients of single samples, as matrices with a row for each, and those
+// after one micro-batch and the next. Sums are float64; everything is read once, where torch reads it twice or copies
+// it. Pieces and their order do not depend on the threads.
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu.h"
@@ -52,6 +53,32 @@ OZ_CLONES double project(const P* row, const double* vector, int64_t n) {
   for (; c < n; ++c) total += static_cast<double>(row[c]) * vector[c];
   for (const double sum : sums) total += sum;
   return total;
+}
+
+// The squared norm of `after` and its inner product with `before`, which becomes `after` where it is to be kept.
+template <typename P>
+OZ_CLONES void compare(const P* after, P* before, int64_t n, bool keep, double* out) {
+  constexpr int lanes = 16;
+  double squares[lanes] = {}, products[lanes] = {};
+  Wide<P> a[lanes], b[lanes];
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int lane = 0; lane < lanes; ++lane) a[lane] = after[i + lane];
+    for (int lane = 0; lane < lanes; ++lane) b[lane] = before[i + lane];
+    for (int lane = 0; lane < lanes; ++lane)
+      squares[lane] += static_cast<double>(a[lane]) * static_cast<double>(a[lane]);
+    for (int lane = 0; lane < lanes; ++lane)
+      products[lane] += static_cast<double>(a[lane]) * static_cast<double>(b[lane]);
+    if (keep)
+      for (int lane = 0; lane < lanes; ++lane) before[i + lane] = after[i + lane];
+  }
+  out[0] = out[1] = 0;
+  for (; i < n; ++i) {
+    out[0] += static_cast<double>(after[i]) * static_cast<double>(after[i]);
+    out[1] += static_cast<double>(after[i]) * static_cast<double>(before[i]);
+    if (keep) before[i] = after[i];
+  }
+  for (int lane = 0; lane < lanes; ++lane) out[0] += squares[lane], out[1] += products[lane];
 }
 
 // Contiguous, on the CPU, of a dtype that can be read; a vector is float64.
@@ -149,9 +176,57 @@ void sample_dots(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+// out = the squared norm of `after`, all tensors as one vector, and its inner product with `before`.
+void compare_gradients(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const List after = take_list(stack[0]), before = take_list(stack[1]);
+  const bool keep = to<bool>(stack[2]);
+  const Handle out(to<AtenTensorHandle>(stack[3]));
+  const Facts result(out.get());
+  if (!readable(result, true) || result.numel != 2) fail("out must be two float64 numbers on the CPU");
+  if (after.size() != before.size()) fail("before holds ", before.size(), " tensors, after ", after.size());
+  struct Piece {
+    char *after, *before;
+    int64_t count;
+    Dtype dtype;
+    double sums[2];
+  };
+  constexpr int64_t piece = 16384;
+  std::vector<Piece> pieces;
+  int64_t total = 0;
+  for (size_t i = 0; i < after.size(); ++i) {
+    const Facts a(after[i].get()), b(before[i].get());
+    if (!readable(a, false) || !readable(b, false) || a.dtype != b.dtype || a.numel != b.numel)
+      fail("after[", i, "] and before[", i, "] must be contiguous on the CPU, of one size and dtype");
+    const int64_t width = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
+    for (int64_t begin = 0; begin < a.numel; begin += piece)
+      pieces.push_back({static_cast<char*>(a.data) + begin * width,
+                        static_cast<char*>(b.data) + begin * width,
+                        std::min(piece, a.numel - begin),
+                        a.dtype,
+                        {0, 0}});
+    total += a.numel;
+  }
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  const int64_t grain = total == 0 ? 1 : std::max<int64_t>(1, 2 * piece * count / total);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Piece& p = pieces[i];
+      with_dtype(p.dtype, [&](auto value) {
+        using P = decltype(value);
+        compare(reinterpret_cast<const P*>(p.after), reinterpret_cast<P*>(p.before), p.count, keep, p.sums);
+      });
+    }
+  });
+  double* sums = static_cast<double*>(result.data);
+  sums[0] = sums[1] = 0;
+  for (const Piece& p : pieces) sums[0] += p.sums[0], sums[1] += p.sums[1];
+}
+
 }  // namespace optimzoo
 
 STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, CPU, m) {
+  m.impl("compare_gradients", &optimzoo::compare_gradients);
   m.impl("sample_sums", &optimzoo::sample_sums);
   m.impl("sample_dots", &optimzoo::sample_dots);
 }

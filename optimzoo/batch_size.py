@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 
 from optimzoo import ops
-from optimzoo.optimizer import check_number, local, sum_of_products
+from optimzoo.optimizer import _is_native, check_number, local, sum_of_products
 
 _HAS_DISTRIBUTED = torch.distributed.is_available()
 if _HAS_DISTRIBUTED:
@@ -29,7 +29,6 @@ Test: TypeAlias = Literal["norm", "inner_product", "augmented", "coordinatewise"
 Source: TypeAlias = Literal["per_sample", "micro_batch", "ddp"]
 TESTS = ("norm", "inner_product", "augmented", "coordinatewise")
 SOURCES = ("per_sample", "micro_batch", "ddp")
-_NATIVE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
@@ -430,40 +429,44 @@ class _PerSample:
 class _MicroBatches:
     """Variance from the gradients of the micro-batches, as differences of what ``p.grad`` is after each.
 
-    Of what was before, one copy is kept; for all tests but the norm test one for each micro-batch, as the inner
-    products are with a mean that is only known after the last.
+    Of what was before, one copy is kept; for all tests but the norm test one for each micro-batch but the last, as
+    their inner products are with a mean that is only known in the end.
     """
 
     def __init__(self, schedule: AdaptiveBatchSize) -> None:
         self.schedule = weakref.proxy(schedule)
+        self.before: dict[Tensor, Tensor] = {}  # gradients after the last pass
+        self.earlier: list[dict[Tensor, Tensor]] = []  # and after the passes before it
         self.clear()
 
     def clear(self) -> None:
-        self.before: list[dict[Tensor, Tensor]] = []  # gradients after each pass, or after the one before
-        self.norms: list[Tensor] = []  # their squared norms, of all passes
+        self.norms: list[Tensor] = []  # squared norms of what p.grad was after each pass
         self.squares: list[Tensor] = []  # n |g|^2 of each group
         self.others: dict[str, Tensor] = {}
+        self.earlier = []
+        if self.schedule.over:
+            self.before = {}
 
     @torch.no_grad()
     def end_pass(self, batch: Batch, index: int) -> None:
         after = {param: param.grad for param in self.schedule.params if param.grad is not None}
         if any(grad.is_sparse for grad in after.values()):
             raise RuntimeError("AdaptiveBatchSize reads no sparse gradients: set sparse=False in the embedding")
-        norm = _inner_product(after, after)
-        square = norm
-        if self.before:
-            square = (norm - 2 * _inner_product(self.before[-1], after) + self.norms[-1]).clamp(min=0)
+        last, norm_only = index + 1 == len(batch.shares), self.schedule.test == "norm"
+        if index == 0:  # the memory of the last batch serves again
+            self.before = {param: grad for param, grad in self.before.items() if param in after}
+        self.before |= {param: torch.zeros_like(grad) for param, grad in after.items() if param not in self.before}
+        keep = not last and (norm_only or index == 0)
+        norm, between = compare_gradients([*after.values()], [self.before[param] for param in after], keep)
+        square = norm if index == 0 else (norm - 2 * between + self.norms[-1]).clamp(min=0)
         # The gradient of n samples entered p.grad with the weight n / N.
         self.squares.append(square * (batch.samples**2 / batch.totals[index]))
         self.norms.append(norm)
-        if index + 1 == len(batch.shares):
-            self.others, self.before = self._others(batch, after), []
-        elif self.schedule.test == "norm" and self.before:
-            fresh = {param: grad.clone() for param, grad in after.items() if param not in self.before[0]}
-            torch._foreach_copy_([*map(local, self.before[0].values())], [local(after[p]) for p in self.before[0]])
-            self.before[0] |= fresh
-        else:
-            self.before.append({param: grad.clone() for param, grad in after.items()})
+        if index > 0 and not norm_only:
+            self.earlier.append(self.before)
+            self.before = {} if last else {param: grad.clone() for param, grad in after.items()}
+        if last and not norm_only:
+            self.others, self.earlier = self._others(batch, after), []
 
     def _others(self, batch: Batch, after: dict[Tensor, Tensor]) -> dict[str, Tensor]:
         """What the test needs beyond norms."""
@@ -471,13 +474,13 @@ class _MicroBatches:
         if self.schedule.test == "norm":
             return {}
         if self.schedule.test != "coordinatewise":
-            products = [*(_inner_product(grads, after) for grads in self.before), self.norms[-1]]
+            products = [*(_inner_product(grads, after) for grads in self.earlier), self.norms[-1]]
             products = [products[0], *(y - x for x, y in pairwise(products))]
             return {"inner_squares": sum_of(w * x.square() for w, x in zip(weights, products, strict=True))}
         variances, means = [], []
         for param, grad in after.items():
             zero = torch.zeros_like(grad)
-            sums = [zero, *(grads.get(param, zero) for grads in self.before), grad]
+            sums = [zero, *(grads.get(param, zero) for grads in self.earlier), grad]
             parts = [_real(y).double() - _real(x).double() for x, y in pairwise(sums)]
             mean = sum_of(parts)
             rows = zip(parts, batch.totals, strict=True)
@@ -742,8 +745,12 @@ class AdaptiveBatchSize:
     @property
     def needs_stats(self) -> bool:
         """Whether the batch under way will be tested."""
-        done = self.monotone and self.sampler.batch_size >= self.largest
-        return not done and (self.steps + 1) % self.test_interval == 0
+        return not self.over and (self.steps + 1) % self.test_interval == 0
+
+    @property
+    def over(self) -> bool:
+        """Whether there will be no more tests, because the batch is as large as it may be."""
+        return self.monotone and self.sampler.batch_size >= self.largest
 
     def step(self) -> None:
         """Count the batch, test it and set the size of the next.
@@ -962,8 +969,21 @@ def project_samples(samples: list[list[Tensor]], vectors: list[Tensor]) -> Tenso
 def _native(name: str, samples: list[list[Tensor]]) -> Callable[..., None] | None:
     """The native reduction, where it takes these."""
     every = [chunk for chunks in samples for chunk in chunks]
-    fits = all(chunk.is_cpu and chunk.is_contiguous() and chunk.dtype in _NATIVE for chunk in every)
-    return ops.native(name, every[0].device) if fits else None
+    return ops.native(name, every[0].device) if _is_native(every) else None
+
+
+def compare_gradients(after: list[Tensor], before: list[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+    """The squared norm of one list, and its inner product with another, which becomes the first where it is kept."""
+    op = ops.native("compare_gradients", after[0].device) if _is_native(after) and _is_native(before) else None
+    if op is not None:
+        out = torch.zeros(2, dtype=torch.float64, device="cpu")
+        op(after, before, keep, out)
+        norm, between = out.unbind()
+        return norm, between
+    norm, between = sum_of_products(after, after), sum_of_products(after, before)
+    if keep:
+        torch._foreach_copy_([*map(local, before)], [*map(local, after)])
+    return norm, between
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:
@@ -1023,7 +1043,7 @@ def _grad_samples(params: list[Tensor], count: int) -> list[list[Tensor]]:
                 f"grad_sample of params[{i}] must have shape ({rows}, {', '.join(map(str, param.shape))}), got "
                 f"{', '.join(str(tuple(chunk.shape)) for chunk in chunks)}"
             )
-        found.append([chunk.reshape(len(chunk), -1) for chunk in chunks])
+        found.append([chunk.reshape(len(chunk), -1).contiguous() for chunk in chunks])
     if not found:
         raise RuntimeError("there is no variance to be found: no parameter has a gradient or a grad_sample")
     return found
