@@ -60,7 +60,7 @@ class Moments(NamedTuple):
     @property
     def inner_variance(self) -> float:
         """The variance of the inner product of a sample's gradient with the mean."""
-        return max(0.0, (self.inner_squares - self.samples * self.mean_square**2) / (self.groups - 1))
+        return max(0.0, (self.inner_squares - self.samples * self.mean_square * self.mean_square) / (self.groups - 1))
 
     @property
     def orthogonal_variance(self) -> float:
@@ -72,7 +72,7 @@ class Moments(NamedTuple):
         """Whether there is a variance and a gradient to compare it with, both finite."""
         if self.groups < 2 or not (0 < self.mean_square < math.inf and self.squares < math.inf):
             return False
-        return self.inner_squares != math.inf and 0 < self.mean_square**2 < math.inf
+        return self.inner_squares != math.inf and 0 < self.mean_square * self.mean_square < math.inf
 
     def parts(self, test: str, mean_square: float | None = None) -> list[tuple[float, float]]:
         r"""What a test compares: for each of its parts a variance and the square that bounds it.
@@ -82,7 +82,7 @@ class Moments(NamedTuple):
             mean_square: what stands for :math:`\|\bar g\|^2` in the bound. Default: itself.
         """
         square = self.mean_square if mean_square is None else mean_square
-        norm, inner = (self.variance, square), (self.inner_variance, square**2)
+        norm, inner = (self.variance, square), (self.inner_variance, square * square)
         orthogonal = (self.orthogonal_variance, square)
         return {
             "norm": [norm],
@@ -440,9 +440,9 @@ class _MicroBatches:
         self.clear()
 
     def clear(self) -> None:
-        self.norms: list[Tensor] = []  # squared norms of what p.grad was after each pass
-        self.squares: list[Tensor] = []  # n |g|^2 of each group
-        self.others: dict[str, Tensor] = {}
+        self.sums: list[Tensor] = []  # of each pass: the squared norm of p.grad after it, <p.grad, p.grad before>
+        self.products: list[Tensor] = []  # of p.grad after each pass with that after the last
+        self.worst = torch.tensor(math.nan)
         self.earlier = []
         if self.schedule.over:
             self.before = {}
@@ -457,26 +457,19 @@ class _MicroBatches:
             self.before = {param: grad for param, grad in self.before.items() if param in after}
         self.before |= {param: torch.zeros_like(grad) for param, grad in after.items() if param not in self.before}
         keep = not last and (norm_only or index == 0)
-        norm, between = compare_gradients([*after.values()], [self.before[param] for param in after], keep)
-        square = norm if index == 0 else (norm - 2 * between + self.norms[-1]).clamp(min=0)
-        # The gradient of n samples entered p.grad with the weight n / N.
-        self.squares.append(square * (batch.samples**2 / batch.totals[index]))
-        self.norms.append(norm)
+        self.sums.append(compare_gradients([*after.values()], [self.before[param] for param in after], keep))
         if index > 0 and not norm_only:
             self.earlier.append(self.before)
             self.before = {} if last else {param: grad.clone() for param, grad in after.items()}
-        if last and not norm_only:
-            self.others, self.earlier = self._others(batch, after), []
+        if last and self.schedule.test == "coordinatewise":
+            self.worst = self._worst(batch, after)
+        elif last and not norm_only:
+            self.products = [_inner_product(grads, after) for grads in self.earlier]
+        if last:
+            self.earlier = []
 
-    def _others(self, batch: Batch, after: dict[Tensor, Tensor]) -> dict[str, Tensor]:
-        """What the test needs beyond norms."""
-        weights = [batch.samples**2 / total for total in batch.totals]
-        if self.schedule.test == "norm":
-            return {}
-        if self.schedule.test != "coordinatewise":
-            products = [*(_inner_product(grads, after) for grads in self.earlier), self.norms[-1]]
-            products = [products[0], *(y - x for x, y in pairwise(products))]
-            return {"inner_squares": sum_of(w * x.square() for w, x in zip(weights, products, strict=True))}
+    def _worst(self, batch: Batch, after: dict[Tensor, Tensor]) -> Tensor:
+        """What the coordinatewise test asks about."""
         variances, means = [], []
         for param, grad in after.items():
             zero = torch.zeros_like(grad)
@@ -487,11 +480,23 @@ class _MicroBatches:
             squares = sum_of(n * (part * (batch.samples / n) - mean).square() for part, n in rows)
             means.append(mean)
             variances.append(squares / (len(parts) - 1))
-        return {"worst": worst_ratio(variances, means, self.schedule.quantile)}
+        return worst_ratio(variances, means, self.schedule.quantile)
 
     def read(self, batch: Batch) -> Moments:
-        sums = {"squares": sum_of(self.squares), "mean_square": self.norms[-1], **self.others}
-        return Moments(len(batch.shares), batch.samples, **{name: float(value) for name, value in sums.items()})
+        # The gradient of n samples entered p.grad with the weight n / N.
+        weights = [batch.samples**2 / total for total in batch.totals]
+        norms, between = zip(*torch.stack(self.sums).tolist(), strict=True)
+        parts = [
+            norms[0],
+            *(new - 2 * both + old for (old, new), both in zip(pairwise(norms), between[1:], strict=True)),
+        ]
+        squares = sum(weight * max(0.0, part) for weight, part in zip(weights, parts, strict=True))
+        moments = Moments(len(parts), batch.samples, squares, norms[-1], worst=float(self.worst))
+        if not self.products:
+            return moments
+        products = [0.0, *torch.stack(self.products).tolist(), norms[-1]]
+        inner = sum(weight * (y - x) * (y - x) for weight, (x, y) in zip(weights, pairwise(products), strict=True))
+        return moments._replace(inner_squares=inner)
 
 
 class _Ranks:
@@ -657,6 +662,8 @@ class AdaptiveBatchSize:
         self._passes = 0  # backward passes of the batch under way
         self._task = -1  # the graph task of the last of them
         self._watched: dict[Tensor, Any] = {}
+        self.largest = self._split(sampler.max_batch_size)
+        """The largest batch size that the sampler's maximum and the split allow."""
         self.source = self._choose(source, model)
         self._source: _PerSample | _MicroBatches | _Ranks
         if self.source == "ddp":
@@ -736,11 +743,6 @@ class AdaptiveBatchSize:
         if current is None or self._passes >= len(current.shares):
             return 1 / self.accumulation_steps
         return current.shares[self._passes] * self.sampler.num_replicas / current.samples
-
-    @property
-    def largest(self) -> int:
-        """The largest batch size that the sampler's maximum and the split allow."""
-        return self._split(self.sampler.max_batch_size)
 
     @property
     def needs_stats(self) -> bool:
@@ -972,18 +974,23 @@ def _native(name: str, samples: list[list[Tensor]]) -> Callable[..., None] | Non
     return ops.native(name, every[0].device) if _is_native(every) else None
 
 
-def compare_gradients(after: list[Tensor], before: list[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
-    """The squared norm of one list, and its inner product with another, which becomes the first where it is kept."""
-    op = ops.native("compare_gradients", after[0].device) if _is_native(after) and _is_native(before) else None
+def compare_gradients(after: list[Tensor], before: list[Tensor], keep: bool) -> Tensor:
+    """The squared norm of a list and its inner product with another, which becomes a copy of it if that is to be kept.
+
+    Args:
+        after: gradients.
+        before: memory of the same layout.
+        keep: write ``after`` to ``before``.
+    """
+    op = ops.native("compare_gradients", after[0].device) if _is_native(after) else None
     if op is not None:
-        out = torch.zeros(2, dtype=torch.float64, device="cpu")
+        out = torch.empty(2, dtype=torch.float64, device="cpu")
         op(after, before, keep, out)
-        norm, between = out.unbind()
-        return norm, between
-    norm, between = sum_of_products(after, after), sum_of_products(after, before)
+        return out
+    sums = torch.stack([sum_of_products(after, after), sum_of_products(after, before)])
     if keep:
         torch._foreach_copy_([*map(local, before)], [*map(local, after)])
-    return norm, between
+    return sums
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

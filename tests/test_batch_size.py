@@ -720,9 +720,8 @@ def test_sparse_gradients_are_refused():
 def test_no_variance_where_the_batch_is_one_sample_is_no_test():
     # The last batch of an epoch of five.
     param = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    sampler = AdaptiveBatchSampler(range(5), 2, max_batch_size=2)
+    sampler = AdaptiveBatchSampler(range(5), 2)
     schedule = AdaptiveBatchSize(torch.optim.SGD([param], lr=0.1), sampler)
-    sampler.max_batch_size = 5
     for batch in sampler:
         param.grad_sample = torch.randn(len(batch), 3, dtype=torch.float64) * 1e-3 + 1
         schedule.step()
