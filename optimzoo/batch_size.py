@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import weakref
@@ -29,6 +30,7 @@ Test: TypeAlias = Literal["norm", "inner_product", "augmented", "coordinatewise"
 Source: TypeAlias = Literal["per_sample", "micro_batch", "ddp"]
 TESTS = ("norm", "inner_product", "augmented", "coordinatewise")
 SOURCES = ("per_sample", "micro_batch", "ddp")
+_STATE = ("samples", "steps", "tests", "skips", "averages", "wanted", "noise_scale", "lr_factor", "first_batch_size")
 _POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
@@ -368,8 +370,10 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         """Go on where the state was taken; an iteration that is under way ends.
 
         Raises:
-            ValueError: the state is that of a dataset of another length, or its batch size exceeds the maximum.
+            ValueError: the state is that of a dataset of another length, its batch size exceeds the maximum, or an
+                entry is missing.
         """
+        _check_entries(state_dict, self.state_dict())
         if state_dict["length"] != self.length:
             raise ValueError(f"the state is of a dataset of length {state_dict['length']}, this has {self.length}")
         self.batch_size = state_dict["batch_size"]
@@ -381,6 +385,11 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _check_entries(state_dict: dict[str, Any], names: Iterable[str]) -> None:
+    if missing := [name for name in names if name not in state_dict]:
+        raise ValueError(f"state_dict lacks {', '.join(missing)}")
 
 
 def _even(samples: int, parts: int) -> list[int]:
@@ -872,13 +881,17 @@ class AdaptiveBatchSize:
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted and averaged; the sampler has a state of its own."""
-        names = ("samples", "steps", "tests", "skips", "wanted", "noise_scale", "lr_factor", "first_batch_size")
-        return {name: getattr(self, name) for name in names} | {"averages": [list(row) for row in self.averages]}
+        return copy.deepcopy({name: getattr(self, name) for name in _STATE})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what a state dict counted and averaged. Load the sampler's and the optimizer's as well."""
-        for name, value in state_dict.items():
-            setattr(self, name, [list(row) for row in value] if name == "averages" else value)
+        """Go on with what a state dict counted and averaged. Load the sampler's and the optimizer's as well.
+
+        Raises:
+            ValueError: an entry is missing.
+        """
+        _check_entries(state_dict, _STATE)
+        for name in _STATE:
+            setattr(self, name, copy.deepcopy(state_dict[name]))
         self._source.clear()
         self._passes, self._task = 0, -1
 

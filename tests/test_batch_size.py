@@ -709,6 +709,16 @@ def test_a_step_at_the_wrong_place_says_so():
     assert schedule.steps == 0
 
 
+def test_a_state_that_lacks_something_changes_nothing():
+    schedule = schedule_of(parameters(6), 4)
+    before = repr((schedule.state_dict(), schedule.sampler.state_dict()))
+    with pytest.raises(ValueError, match="state_dict lacks steps"):
+        schedule.load_state_dict({"samples": 9})
+    with pytest.raises(ValueError, match="state_dict lacks seed"):
+        schedule.sampler.load_state_dict({"epoch": 3})
+    assert repr((schedule.state_dict(), schedule.sampler.state_dict())) == before
+
+
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(5, 2, sparse=True)
     schedule = schedule_of(list(table.parameters()), 4, micro=1)
