@@ -402,6 +402,8 @@ def run_preset(args: argparse.Namespace, reader: Any = None) -> Outcome:
         dist.init_process_group("nccl" if cuda else "gloo")
     rank = dist.get_rank() if ranks > 1 else 0
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     train_set, test_set, classes = read(preset, args.data_root, args.download and rank == 0, reader)
     model = model_of(preset, classes).to(device)

@@ -850,7 +850,7 @@ def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
         left, right: tensors of the same shapes; of complex ones the real and imaginary parts are coordinates.
     """
     columns = [left] if left is right else [left, right]
-    if not ops.missing("cpu") and all(map(_is_native, columns)):
+    if not ops.missing("cpu") and all(map(is_native, columns)):
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         torch.ops.optimzoo.dot(left, [] if left is right else right, total)
         return total
@@ -873,7 +873,7 @@ def _dense(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _is_native(column: list[Tensor]) -> bool:
+def is_native(column: list[Tensor]) -> bool:
     """Whether the native inner product takes these."""
     return (
         {*map(type, column)} <= _PLAIN

@@ -17,8 +17,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import optimzoo
-from optimzoo import AdaptiveBatchSampler, AdaptiveBatchSize, SamplesLR, batch_size, ops
-from optimzoo.batch_size import Moments, next_batch_size, project_samples, split, sum_samples
+from optimzoo import AdaptiveBatchSampler, AdaptiveBatchSize, SamplesLR, gradient_noise, ops
+from optimzoo.batch_sampler import split
+from optimzoo.batch_size import next_batch_size
+from optimzoo.gradient_noise import Moments, project_samples, sum_samples
 
 THRESHOLDS = dict(eta=0.5, theta=0.4, nu=0.7)
 TESTS = ("norm", "inner_product", "augmented", "coordinatewise")
@@ -430,7 +432,7 @@ def test_native_reductions_are_those_of_torch(dtype, rows, width, parts, seed):
 
     native = results()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch_size, "_native", lambda name, samples: None)
+        patch.setattr(gradient_noise, "_native", lambda name, samples: None)
         for left, right in zip(native, results(), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
@@ -695,6 +697,15 @@ def test_a_step_without_variance_changes_nothing(value, message):
     params[0].grad_sample = torch.randn(4, 2, 3, dtype=torch.float64)
     schedule.step()
     assert schedule.tests == 1
+
+
+def test_gradients_that_are_freed_in_the_backward_pass_are_missed():
+    param = nn.Parameter(torch.zeros(3))
+    param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    schedule = schedule_of([param], 4, micro=1)
+    next(schedule.batches)
+    with pytest.raises(RuntimeError, match="no gradient is left after backward"):
+        param.sum().backward()
 
 
 def test_a_step_at_the_wrong_place_says_so():
