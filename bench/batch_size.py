@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from bench.markdown import source, table
 from bench.step import memory_changes
+from bench.store import Store, identity
 from bench.tasks import TASKS, stream
 from optimzoo import AdaptiveBatchSampler, AdaptiveBatchSize, SamplesLR
 
@@ -36,7 +37,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adagrad": torch.optim.Adagrad,
     "AdamW": torch.optim.AdamW,
 }
-RUNS = (("fm14", "Adagrad"), ("mnist1d", "Adagrad"), ("mnist1d", "AdamW"))
+RUNS = (("fm14", "Adagrad", 1.0), ("mnist1d", "Adagrad", 0.5))  # task, optimizer, and how much of its epochs
 WARMUP = 0.1  # of the samples
 MICRO = 256  # the most samples of a backward pass
 
@@ -103,7 +104,8 @@ def train(task: str, policy: Policy, optimizer: str, lr: float, seed: int, budge
             (schedule.weight * TASKS[task].loss(model, (inputs[rows], labels[rows]))).backward()
             if schedule.remaining:
                 continue
-            path.append((schedule.samples, schedule.batch_size))
+            if not path or path[-1][1] != schedule.batch_size:
+                path.append((schedule.samples, schedule.batch_size))
             built.step()
             schedule.step()
             lrs.step()
@@ -116,24 +118,39 @@ def train(task: str, policy: Policy, optimizer: str, lr: float, seed: int, budge
     seconds = time.process_time() - start
     held_out = data.test if final else data.validation
     accuracy = 100 * TASKS[task].evaluate(model, held_out)["accuracy"]
+    path.append((total, schedule.batch_size))
     return Outcome(accuracy, schedule.steps, seconds, path, lr)
 
 
-def evidence(task: str, optimizer: str, seeds: int, budget: float) -> tuple[list[list[str]], dict[str, list[Outcome]]]:
+def kept(store: Store | None, *settings: Any) -> Outcome:
+    """The run with these settings, from the store if it has finished before."""
+    task, policy, *others = settings
+    name = identity({"run": [task, asdict(policy), *others], "version": 1})
+    if store is not None and (record := store.records().get(name)):
+        return Outcome(**{key: value for key, value in record.items() if key != "id"})
+    outcome = train(*settings)
+    if store is not None:
+        store.append({"id": name, **asdict(outcome)})
+    return outcome
+
+
+def evidence(
+    task: str, optimizer: str, seeds: int, budget: float, store: Store | None
+) -> tuple[list[list[str]], dict[str, list[Outcome]]]:
     """The rows of a task, and the runs by their policy."""
     rows, runs = [], {}
     for policy in policies(*SIZES[task]):
-        tried = [train(task, policy, optimizer, lr, 0, budget, final=False) for lr in LRS[optimizer]]
+        tried = [kept(store, task, policy, optimizer, lr, 0, budget, False) for lr in LRS[optimizer]]
         best = max(tried, key=lambda run: run.accuracy)
         runs[policy.name] = [
-            train(task, policy, optimizer, best.lr, 1000 + seed, budget, final=True) for seed in range(seeds)
+            kept(store, task, policy, optimizer, best.lr, 1000 + seed, budget, True) for seed in range(seeds)
         ]
     base = [run.seconds for run in runs["constant, small"]]
     for policy in policies(*SIZES[task]):
         found = runs[policy.name]
         ratios = [run.seconds / other for run, other in zip(found, base, strict=True)]
         rows.append([
-            f"{task}, {optimizer}",
+            f"{task}, {optimizer}, {budget:g}x",
             policy.name,
             f"{policy.first}" if policy.first == policy.last else f"{policy.first} to {policy.last}",
             f"{found[0].lr:g}",
@@ -469,6 +486,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=9, help="of the timings; default: 9")
     add("--quick", action="store_true", help="one seed and a fraction of the budget, to see that all of it runs")
     add("--plot", type=Path, metavar="FILE", help="write the paths of the batch sizes as an image")
+    add("--out", type=Path, metavar="DIR", help="keep finished runs there, and take them from there")
     add("--preset", choices=PRESETS, help="train with settings of the paper on data in --data-root")
     add("--data-root", type=Path, metavar="DIR", help="what torchvision.datasets reads; ImageNet: train/ and val/")
     add("--download", action="store_true", help="fetch the data of a preset if it is missing")
@@ -491,16 +509,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     seeds, budget, rounds, repeats = (1, 0.005, 1, 1) if args.quick else (args.seeds, 1.0, args.rounds, 10)
     rows, runs = [], {}
-    for task, optimizer in RUNS[:1] if args.quick else RUNS:
-        more, runs[f"{task}, {optimizer}"] = evidence(task, optimizer, seeds, budget)
+    store = None if args.out is None else Store(args.out)
+    if store is not None:
+        store.create()
+    for task, optimizer, part in RUNS[:1] if args.quick else RUNS:
+        more, runs[f"{task}, {optimizer}"] = evidence(task, optimizer, seeds, part * budget, store)
         rows += more
-    head = ["task, optimizer", "batch size", "from, to", "lr", "test accuracy %", "steps", "time, over small's",
+    head = ["task, optimizer, samples", "batch size", "from, to", "lr", "test accuracy %", "steps", "time, over small's",
             "s", "last batch"]  # fmt: skip
     print(table(head, rows))
     where = source("bench.batch_size", sys.argv[1:] if argv is None else argv)
     print(
         f"\nMedian [min, max] of {seeds} seeds, the same for all, on training and validation data; learning rate: the"
-        f" best of three on validation, one seed. {budget:g}x the task's epochs in samples, cosine by samples with"
+        f" best of three on validation, one seed. The first column has the samples, in units of the task's epochs; cosine by samples with"
         f" {100 * WARMUP:g} % warm-up. Adaptive: norm test, EMA 0.9, in 4 micro-batches or more of at most {MICRO};"
         " the others in as few as that allows. Seconds of processor time on one thread, and their ratio to those of"
         f" the first row with the same seed. {where}\n"

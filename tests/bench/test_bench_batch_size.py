@@ -28,9 +28,9 @@ def tables(out: str) -> list[list[str]]:
 def test_all_of_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     image = tmp_path / "path.png"
-    assert batch_size.main(["--quick", "--plot", str(image)]) == 0
+    assert batch_size.main(["--quick", "--plot", str(image), "--out", str(tmp_path / "runs")]) == 0
     rows = {(row[0], row[1]): row for row in tables(capsys.readouterr().out)}
-    steps = {name: int(rows["fm14, Adagrad", name][5]) for name in ("constant, small", "constant, large")}
+    steps = {name: int(rows["fm14, Adagrad, 0.005x", name][5]) for name in ("constant, small", "constant, large")}
     assert steps == {"constant, small": 13, "constant, large": 1}
     # One gradient beyond the step's own memory; all but the last for tests that need the mean first.
     added = {key: float(row[3]) for key, row in rows.items() if key[0].startswith(("micro_batch, 8", "ddp"))}
