@@ -515,14 +515,15 @@ def main(argv: list[str] | None = None) -> int:
     for task, optimizer, part in RUNS[:1] if args.quick else RUNS:
         more, runs[f"{task}, {optimizer}"] = evidence(task, optimizer, seeds, part * budget, store)
         rows += more
-    head = ["task, optimizer, samples", "batch size", "from, to", "lr", "test accuracy %", "steps", "time, over small's",
-            "s", "last batch"]  # fmt: skip
+    head = ["task, optimizer, samples", "batch size", "from, to", "lr", "test accuracy %", "steps",
+            "time, over small's", "s", "last batch"]  # fmt: skip
     print(table(head, rows))
     where = source("bench.batch_size", sys.argv[1:] if argv is None else argv)
     print(
         f"\nMedian [min, max] of {seeds} seeds, the same for all, on training and validation data; learning rate: the"
-        f" best of three on validation, one seed. The first column has the samples, in units of the task's epochs; cosine by samples with"
-        f" {100 * WARMUP:g} % warm-up. Adaptive: norm test, EMA 0.9, in 4 micro-batches or more of at most {MICRO};"
+        " best of three on validation, one seed. The first column has the samples, in units of the task's epochs;"
+        f" cosine by samples with {100 * WARMUP:g} % warm-up. Adaptive: norm test, EMA 0.9, in 4 micro-batches or more"
+        f" of at most {MICRO};"
         " the others in as few as that allows. Seconds of processor time on one thread, and their ratio to those of"
         f" the first row with the same seed. {where}\n"
     )
