@@ -135,7 +135,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self.position = 0  # samples of this epoch that were used
         self._drawn: deque[Batch] = deque()  # and not yet used
-        self._planned: list[int] = []  # sizes that a loaded state had drawn
+        self._planned: deque[int] = deque()  # sizes that a loaded state had drawn
         self._at = 0  # samples of this epoch that were drawn
         self._yielded = 0  # micro-batches of the batches that this iteration drew
 
@@ -188,11 +188,10 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = self._drawn = deque()
-        planned, self._planned = deque(self._planned), []
         self._at, self._yielded = self.position, 0
         order = self._order()
         while drawn is self._drawn:  # a newer iteration, or the next epoch, ends this one
-            size = planned.popleft() if planned else self.batch_size
+            size = self._planned.popleft() if self._planned else self.batch_size
             left = self.length - self._at
             if left < (size if self.drop_last else 1):
                 break
@@ -248,11 +247,11 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         check_int("epoch", epoch, 0, math.inf)
         if epoch != self.epoch:
             self.epoch, self.position, self._at, self._yielded = epoch, 0, 0, 0
-            self._drawn, self._planned = deque(), []
+            self._drawn, self._planned = deque(), deque()
 
     def state_dict(self) -> dict[str, Any]:
         """Seed, epoch, position, batch size, and the sizes of the batches that were drawn ahead."""
-        planned = [batch.batch_size for batch in self._drawn] or list(self._planned)
+        planned = [*(batch.batch_size for batch in self._drawn), *self._planned]
         return {
             "seed": self.seed,
             "epoch": self.epoch,
@@ -274,7 +273,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             raise ValueError(f"the state is of a dataset of length {state_dict['length']}, this has {self.length}")
         self.batch_size = state_dict["batch_size"]
         self.seed, self.epoch, self.position = (state_dict[name] for name in ("seed", "epoch", "position"))
-        self._drawn, self._planned = deque(), list(state_dict["planned"])
+        self._drawn, self._planned = deque(), deque(state_dict["planned"])
         self._at, self._yielded = self.position, 0
 
 

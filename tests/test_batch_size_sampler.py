@@ -151,6 +151,27 @@ def test_a_new_size_arrives_as_late_as_was_drawn_ahead(workers, prefetch):
     assert sum(sizes) == 400
 
 
+def test_sizes_that_were_drawn_ahead_survive_two_resumptions():
+    sampler = sampler_of(100, 4)
+    ahead = iter(sampler)
+    expected = [next(ahead) for _ in range(5)]  # as a loader with workers would
+    sampler.batch_size = 16
+    for used in (0, 2):
+        state = sampler.state_dict()
+        sampler = sampler_of(100, 4, seed=9)
+        sampler.load_state_dict(state)
+        batches = iter(sampler)
+        found = []
+        for _ in range(5 - used):
+            found.append(next(batches))
+            if len(found) <= 2 and not used:
+                sampler.advance()
+                if len(found) == 2:
+                    break
+        assert found == expected[used : used + len(found)]
+    assert len(next(batches)) == 16
+
+
 def test_epochs():
     sampler = sampler_of(20, 8)
     batches = iter(sampler)
