@@ -370,6 +370,50 @@ def test_the_micro_batch_source_sees_parameters_that_not_every_pass_uses(test):
     assert schedule.wanted == pytest.approx(literal(np.concatenate([one, two], 1), test), rel=1e-12)
 
 
+class Hooked(nn.Linear):
+    """A layer that writes the gradients of single samples of a mean loss, as Opacus' hooks do."""
+
+    def forward(self, x):
+        out = super().forward(x)
+
+        def hook(gradient):
+            gradient = len(x) * gradient
+            self.weight.grad_sample = torch.einsum("no,ni->noi", gradient, x.detach())
+            self.bias.grad_sample = gradient
+
+        out.register_hook(hook)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+def test_three_lines_attach_it_to_a_loop():
+    torch.manual_seed(0)
+    inputs = torch.randn(9000, 4)
+    dataset = TensorDataset(inputs, inputs.square().sum(1, keepdim=True))
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(Hooked(4, 8), nn.Tanh(), Hooked(8, 1))
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+
+    sampler = optimzoo.AdaptiveBatchSampler(dataset, batch_size=64, max_batch_size=8192, generator=g)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2)
+    schedule = optimzoo.AdaptiveBatchSize(optimizer, sampler, test="norm", eta=0.5)
+
+    sizes = []
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            for param in model.parameters():
+                torch.testing.assert_close(param.grad_sample.mean(0), param.grad, rtol=1e-4, atol=1e-5)
+            optimizer.step()
+            schedule.step()
+            sizes.append(len(x))
+    assert sum(sizes) == schedule.samples == 18000
+    assert sampler.batch_size > 64
+    assert schedule.tests == schedule.steps == len(sizes) < 2 * 9000 / 64
+
+
 def test_per_sample_gradients_of_torch_func_and_in_several_parts():
     model, _, _, _ = task()
     params = dict(model.named_parameters())
