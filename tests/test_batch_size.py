@@ -411,7 +411,7 @@ def test_three_lines_attach_it_to_a_loop():
             sizes.append(len(x))
     assert sum(sizes) == schedule.samples == 18000
     assert sampler.batch_size > 64
-    assert schedule.tests == schedule.steps == len(sizes) < 2 * 9000 / 64
+    assert 0 < schedule.tests <= schedule.steps == len(sizes) < 2 * 9000 / 64
 
 
 def test_per_sample_gradients_of_torch_func_and_in_several_parts():
@@ -564,6 +564,21 @@ def test_unbiased_subtracts_the_noise_from_the_norm():
     assert wanted(vectors, "norm", unbiased=True) == pytest.approx(expected, rel=1e-9)
     pure = noisy(0, 8) - noisy(0, 8).mean(0) + 1e-3
     assert wanted(pure, "norm", unbiased=True) == wanted(pure, "norm")
+
+
+@each_test
+def test_the_noise_scale_is_the_reference_whatever_the_test(test):
+    vectors = noisy(3, 5, 6)
+    schedule = schedule_of(parameters(6), 5, test)
+    step_with(schedule, vectors)
+    assert schedule.noise_scale == pytest.approx(reference.noise_scale(vectors), rel=1e-12)
+
+
+@given(seed=seeds, sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5))
+def test_samples_of_several_workers_pool_to_the_variance_of_all(seed, sizes):
+    vectors = noisy(seed, sum(sizes))
+    groups = np.split(vectors, np.cumsum(sizes)[:-1])
+    assert moments_of(vectors).variance == pytest.approx(reference.pooled_variance(groups), rel=1e-9)
 
 
 def test_growth_is_capped_and_the_batch_shrinks_only_where_it_may():
