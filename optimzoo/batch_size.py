@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optimzoo.batch_sampler import AdaptiveBatchSampler, check_entries, check_int, split
+from optimzoo.batch_sampler import AdaptiveBatchSampler, Batch, check_entries, check_int, split
 from optimzoo.gradient_noise import MicroBatches, Moments, PerSample, Ranks
 from optimzoo.optimizer import check_number
 
@@ -161,7 +161,8 @@ class AdaptiveBatchSize:
         """:math:`V / \\|\\bar g\\|^2` at the last test, in samples: the simple gradient noise scale."""
         self.lr_factor = 1.0
         """What ``lr_coupling`` has multiplied the learning rates by."""
-        self._passes = 0  # backward passes of the batch under way
+        self._batch: Batch | None = None  # that the last backward pass was of
+        self._passes = 0  # backward passes of that batch
         self._task = -1  # the graph task of the last of them
         self._watched: dict[Tensor, Any] = {}
         self.largest = self._split(sampler.max_batch_size)
@@ -233,7 +234,7 @@ class AdaptiveBatchSize:
     @property
     def remaining(self) -> int:
         """How many micro-batches of the batch under way still need their backward pass; 0: step."""
-        return self.accumulation_steps - self._passes
+        return self.accumulation_steps - self._index
 
     @property
     def weight(self) -> float:
@@ -242,9 +243,14 @@ class AdaptiveBatchSize:
         It is ``1 / accumulation_steps`` where micro-batches are equal, as all but those of an epoch's last batch are.
         """
         current = self.sampler.current
-        if current is None or self._passes >= len(current.shares):
+        if current is None or self.remaining < 1:
             return 1 / self.accumulation_steps
-        return current.shares[self._passes] * self.sampler.num_replicas / current.samples
+        return current.shares[self._index] * self.sampler.num_replicas / current.samples
+
+    @property
+    def _index(self) -> int:
+        """Backward passes of the batch under way; a loop that was left in the middle of one begins another."""
+        return self._passes if self._batch is self.sampler.current else 0
 
     @property
     def needs_stats(self) -> bool:
@@ -267,9 +273,9 @@ class AdaptiveBatchSize:
         if batch is None:
             self.sampler.advance()  # raises
         assert batch is not None
-        if self.remaining and not (self.source == "per_sample" and self._passes == 0):
+        if self.remaining and not (self.source == "per_sample" and self._index == 0):
             raise RuntimeError(
-                f"{self._passes} backward passes were seen for a batch of {len(batch.shares)} micro-batches; step only "
+                f"{self._index} backward passes were seen for a batch of {len(batch.shares)} micro-batches; step only "
                 "where schedule.remaining is 0, and call backward once for each micro-batch"
             )
         moments = self._source.read(batch) if self.needs_stats else None
@@ -279,7 +285,6 @@ class AdaptiveBatchSize:
         if moments is not None:
             self._grow(moments)
         self._source.clear()
-        self._passes, self._task = 0, -1
         self._couple()
         self._watch()
 
@@ -353,6 +358,8 @@ class AdaptiveBatchSize:
             task = torch._C._current_graph_task_id()
             if schedule is not None and task != schedule._task:
                 schedule._task = task
+                if schedule._index == 0:  # before DDP reduces what a source may read
+                    schedule._source.clear()
                 engine: Any = torch.autograd.Variable._execution_engine
                 engine.queue_callback(schedule._end_pass)
 
@@ -362,8 +369,8 @@ class AdaptiveBatchSize:
 
     def _end_pass(self) -> None:
         """What happens when a backward pass has left its gradients."""
-        batch, index = self.sampler.current, self._passes
-        self._passes += 1
+        batch, index = self.sampler.current, self._index
+        self._batch, self._passes = batch, index + 1
         if batch is not None and index < len(batch.shares) and self.needs_stats:
             self._source.end_pass(batch, index)
 
@@ -391,7 +398,7 @@ class AdaptiveBatchSize:
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state_dict[name]))
         self._source.clear()
-        self._passes, self._task = 0, -1
+        self._batch = None
 
 
 class SamplesLR(LRScheduler):

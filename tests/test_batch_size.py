@@ -676,6 +676,31 @@ def test_what_is_dropped_is_not_heard_of_again():
     assert schedule.steps == steps + 2
 
 
+@each_test
+def test_a_batch_that_was_left_in_the_middle_is_forgotten(test):
+    params = parameters(6)
+    schedule = schedule_of(params, 4, test, micro=1)
+    vectors = noisy(0, 4, 6)
+
+    def backward(row):
+        rows = zip(params, cut(row[None]), strict=True)
+        (schedule.weight * sum((p * torch.from_numpy(part[0])).sum() for p, part in rows)).backward()
+
+    backward(vectors[0])  # of no batch
+    for _ in range(2):
+        next(schedule.batches)
+        backward(100 * vectors[1])
+    assert schedule.remaining == 2
+    schedule.optimizer.zero_grad()
+    schedule.batches = iter(schedule.sampler)
+    for row in vectors:
+        next(schedule.batches)
+        backward(row)
+    assert schedule.remaining == 0
+    schedule.step()
+    assert schedule.wanted == pytest.approx(literal(vectors, test), rel=1e-12)
+
+
 def test_parameters_that_join_later_count():
     params = parameters(6)
     schedule = schedule_of(params[:1], 2, micro=1)
