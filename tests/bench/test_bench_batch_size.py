@@ -39,7 +39,7 @@ def test_all_of_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("micro_batch, 8 micro-batches", "augmented"): 7,
         ("ddp, two ranks", "norm"): 0,
         ("ddp, two ranks", "augmented"): 1,
-    }, abs=0.1)  # fmt: skip
+    }, abs=0.2)  # fmt: skip
     assert image.stat().st_size > 10_000
 
 
