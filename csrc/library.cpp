@@ -5,6 +5,9 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(OZ_NAMESPACE, m) {
   m.def("hold(Tensor[] tensors) -> int");
   m.def("release(int held) -> ()");
+  m.def("compare_gradients(Tensor[] after, Tensor(a!)[] before, bool keep, Tensor(b!) out) -> ()");
+  m.def("sample_sums(Tensor[] samples, Tensor[] means, Tensor(a!)[] sums, Tensor(b!) squares) -> ()");
+  m.def("sample_dots(Tensor[] samples, Tensor[] vectors, Tensor(a!) products) -> ()");
   m.def("dot(Tensor[] left, Tensor[] right, Tensor(a!) out) -> ()");
   m.def(optimzoo::normal_schema);
   m.def(optimzoo::cbo_schema);

@@ -2,6 +2,8 @@
 
 from optimzoo.adabelief import AdaBelief
 from optimzoo.adagrad import AdaGradNorm
+from optimzoo.batch_sampler import AdaptiveBatchSampler
+from optimzoo.batch_size import AdaptiveBatchSize, SamplesLR
 from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
@@ -11,11 +13,14 @@ __all__ = [
     "CBO",
     "AdaBelief",
     "AdaGradNorm",
+    "AdaptiveBatchSampler",
+    "AdaptiveBatchSize",
     "DaleAdamW",
     "DaleLangevin",
     "DaleSGD",
     "DiffGrad",
     "GeometricBrownian",
+    "SamplesLR",
     "dale_columns_",
     "dale_groups",
     "lognormal_",

@@ -54,7 +54,7 @@ def _commands(folder: Path) -> list[list[str]]:
     path, has_cuda = torch
     include = ["-isystem", str(path / "include")]
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [f"-L{path / 'lib'}", "-ltorch_cpu"]
-    sources = [str(_CSRC / name) for name in ("library.cpp", "cpu.cpp", "cbo.cpp")]
+    sources = [str(_CSRC / name) for name in ("library.cpp", "cpu.cpp", "cbo.cpp", "samples.cpp")]
     cuda_sources = [str(_CSRC / name) for name in ("cuda.cu", "cbo.cu")]
     commands = [[*compiler, *FLAGS, *_CXX_FLAGS, "-shared", *include, *sources, "-o", str(folder / "_C.so"), *link]]
     nvcc = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")) or shutil.which(

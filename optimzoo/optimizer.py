@@ -825,7 +825,7 @@ def sum_of_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     """
     columns = [left] if left is right else [left, right]
     dot = ops.native("dot", torch.device("cpu"))
-    if dot is not None and all(map(_is_native, columns)):
+    if dot is not None and all(map(is_native, columns)):
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         dot(left, [] if left is right else right, total)
         return total
@@ -848,7 +848,7 @@ def _dense(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _is_native(column: list[Tensor]) -> bool:
+def is_native(column: list[Tensor]) -> bool:
     """Whether the native inner product takes these."""
     return (
         {*map(type, column)} <= _PLAIN

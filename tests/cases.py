@@ -108,6 +108,9 @@ REFUSES: dict[str, dict[str, str]] = {
 
 # Public names that this table does not drive, with the tests that show their contract instead.
 ELSEWHERE: dict[str, str] = {
+    "AdaptiveBatchSampler": "test_batch_size_sampler.py",
+    "AdaptiveBatchSize": "test_batch_size.py",
+    "SamplesLR": "test_batch_size.py",
     "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
