@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.modules import conv, dropout, flatten, padding, pixelshuffle, pooling, upsampling
 from torch.nn.modules.batchnorm import _NormBase
@@ -92,6 +93,8 @@ class _Run:
     waiting: dict[nn.Module, None] = field(default_factory=dict)  # modules whose gradient is to come, in their order
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of those that have one before the next layer asks
     trained: set[nn.Module] = field(default_factory=set)
+    edges: dict[nn.Module, list[GradientEdge]] = field(default_factory=dict)  # where linear layers end
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of these
 
     def layers(self) -> list[nn.Module]:
         return [module for module in self.waiting if isinstance(module, _LAYERS)]
@@ -217,6 +220,9 @@ class TPSGD(Optimizer):
         """Groups and state are those of the base, so that whatever changes one changes the other."""
         self.defaults, self.param_groups, self.state = self.base.defaults, self.base.param_groups, self.base.state
         self._projections: dict[tuple[int, int], Tensor] = {}
+        names = [group["name"] for group in self.param_groups]
+        self._numbers = {module: names.index(name) for module, name in self._names.items() if name in names}
+        self._places = {module: place for place, module in enumerate(self._names)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Called by the constructor; the groups are the model's modules.
@@ -242,7 +248,10 @@ class TPSGD(Optimizer):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._enter), **before))
             elif isinstance(module, _AFTER_A_LAYER):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._end_of_layer)))
-            if isinstance(module, nn.RNNCellBase):
+            if self.update_in_forward and type(self.base) is torch.optim.SGD and type(module) is nn.Linear:
+                if all(param.requires_grad for param in module.parameters()):
+                    self._handles.append(module.register_forward_hook(_Hook(self._keep_edge)))
+            elif isinstance(module, nn.RNNCellBase):
                 self._handles.append(module.register_forward_hook(_Hook(self._keep_state)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._end)))
 
@@ -254,11 +263,12 @@ class TPSGD(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "num_classes", "target_dim", "local_loss", "projection", "conv_target", "bptt", "base",
-                "update_in_forward", "store_projections", "process_group", "_names", "_projections")  # fmt: skip
+                "update_in_forward", "store_projections", "process_group", "_names")  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._share()
         self._attach()
 
     @contextlib.contextmanager
@@ -364,8 +374,8 @@ class TPSGD(Optimizer):
         elif isinstance(module, _LAYERS):
             if isinstance(module, nn.RNNBase) and _requires_grad((args[1:], kwargs.get("hx"))):
                 raise RuntimeError(f"{self._title(module)}: no gradient reaches what made its first state; detach it")
-            args, kwargs = tree_map(self._cut, (args, kwargs))
-        if any(param.requires_grad for param in module.parameters(recurse=False)):
+            args, kwargs = tuple(map(self._cut, args)), {name: self._cut(value) for name, value in kwargs.items()}
+        if _trainable(module):
             if module in run.waiting and not isinstance(module, nn.RNNCellBase | nn.Embedding | nn.EmbeddingBag):
                 raise RuntimeError(f"{self._title(module)} is called again before a layer has used its first output")
             run.waiting[module] = None
@@ -502,7 +512,7 @@ class TPSGD(Optimizer):
 
     def _projection(self, layer: nn.Module, k: int, units: torch.Size, like: Tensor) -> Tensor:
         """The projection of a layer, of shape (classes, units)."""
-        number = list(self._names).index(layer)
+        number = self._places[layer]
         shape = (self.num_classes or self.target_dim or 0, *units)
         stored = self._projections.get((number, k))
         if stored is not None and stored.shape == shape and stored.device == like.device:
@@ -528,17 +538,25 @@ class TPSGD(Optimizer):
         """Differentiate back to the parameters of the modules that wait, and to no others."""
         run = self._run
         assert run is not None  # hooks look
-        waiting = {module: [p for p in module.parameters(recurse=False) if p.requires_grad] for module in run.waiting}
-        params = list(dict.fromkeys(param for row in waiting.values() for param in row))
-        if not params:
+        waiting: dict[nn.Module, list[Any]] = {m: run.edges.get(m) or _trainable(m) for m in run.waiting}
+        sources = list(dict.fromkeys(source for row in waiting.values() for source in row))
+        if not sources:
             return
-        grads = torch.autograd.grad(output, params, grad, allow_unused=True)
-        found = {param: new for param, new in zip(params, grads, strict=True) if new is not None}
+        grads = torch.autograd.grad(output, sources, grad, allow_unused=True)
+        found = {source: new for source, new in zip(sources, grads, strict=True) if new is not None}
+        groups = []
         for module, row in waiting.items():
-            if not found.keys().isdisjoint(row):
-                del run.waiting[module]
-                run.outputs.pop(module, None)
-                run.trained.add(module)
+            if found.keys().isdisjoint(row):
+                continue
+            del run.waiting[module]
+            run.outputs.pop(module, None)
+            run.trained.add(module)
+            if module in run.edges:
+                self._update_linear(cast(nn.Linear, module), found.pop(*run.edges.pop(module)))
+            elif self.update_in_forward:
+                groups.append(self.param_groups[self._numbers[module]])
+        if not found:
+            return
         for new in found.values() if self.process_group is not None else ():
             torch.distributed.all_reduce(new, group=self.process_group)
             new /= torch.distributed.get_world_size(self.process_group)
@@ -548,7 +566,7 @@ class TPSGD(Optimizer):
             return
         for param, new in found.items():
             param.grad = new
-        self.base.param_groups = [g for g in self.param_groups if not found.keys().isdisjoint(g["params"])]
+        self.base.param_groups = groups
         try:
             self.base.step()
         finally:
@@ -556,6 +574,24 @@ class TPSGD(Optimizer):
             for param in found:
                 param.grad = None
         torch.clear_autocast_cache()  # it may hold the old weights in another dtype
+
+    def _keep_edge(self, layer: nn.Linear, args: Any, output: Tensor) -> None:
+        """After a linear layer that plain SGD updates in the forward pass: no gradient of its weights need be made."""
+        run, group = self._run, self.param_groups[self._numbers[layer]]
+        if run is None or layer not in run.waiting or self.process_group is not None or len(args) != 1:
+            return
+        plain = not any(group[name] for name in ("momentum", "weight_decay", "nesterov", "maximize", "differentiable"))
+        if plain and not isinstance(group["lr"], Tensor) and output.dtype == args[0].dtype == layer.weight.dtype:
+            run.edges[layer] = [get_gradient_edge(output)]
+            run.inputs[layer] = args[0]
+
+    @torch.no_grad()
+    def _update_linear(self, layer: nn.Linear, delta: Tensor) -> None:
+        assert self._run is not None  # hooks look
+        rows, lr = delta.flatten(0, -2), self.param_groups[self._numbers[layer]]["lr"]
+        layer.weight.addmm_(rows.T, self._run.inputs.pop(layer).detach().flatten(0, -2), alpha=-lr)
+        if layer.bias is not None:
+            layer.bias.sub_(rows.sum(0), alpha=lr)
 
     def _title(self, module: nn.Module) -> str:
         return f"{self._names[module] or 'the model'!r} ({type(module).__name__})"
@@ -626,6 +662,10 @@ def _only_layer(module: nn.RNNBase, k: int) -> Iterator[None]:
         yield
     finally:
         vars(module).update(kept)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [param for param in module._parameters.values() if param is not None and param.requires_grad]
 
 
 def _data(value: Any) -> Any:
