@@ -471,9 +471,11 @@ class TPSGD(Optimizer):
         after, state = forward(module, tail, state)
         return torch.cat([before, after], time) if head.shape[time] else after, state
 
-    def _local(self, layer: nn.Module, y: Tensor, k: int = 0) -> None:
+    def _local(self, layer: nn.Module, y: Tensor, k: int | None = None) -> None:
         """The gradient of the local loss at an output; ``layer`` says which projection it is compared with."""
         assert self._run is not None  # hooks look
+        if k is None:
+            k = layer.num_layers - 1 if isinstance(layer, nn.RNNBase) else 0
         targets = self._run.targets
         lead = targets.dim() - (self.num_classes is None)
         if not isinstance(y, Tensor) or y.dim() <= lead or y.shape[:lead] != targets.shape[:lead]:
@@ -485,22 +487,30 @@ class TPSGD(Optimizer):
         if is_map and self.conv_target == "channel":
             y = y.flatten(lead + 1).mean(-1) if y.dim() > lead + 1 else y
         projection = self._projection(layer, k, y.shape[lead:] if is_map else y.shape[-1:], y)
-        if not is_map:  # the same for all positions between samples and units
-            targets = targets.reshape(*targets.shape[:lead], *[1] * (y.dim() - lead - 1), *targets.shape[lead:])
         if self.local_loss == "cross_entropy":
-            logits = (y.flatten(lead) if is_map else y).to(projection.dtype) @ projection.flatten(1).T
-            targets = targets.expand(*logits.shape[:-1], *targets.shape[logits.dim() - 1 :])
-            targets = targets.flatten() if self.num_classes is not None else targets.flatten(0, -2)
-            self._gradients(F.cross_entropy(logits.flatten(0, -2), targets), None)
+            if is_map:  # a read-out at each position
+                y, projection = y.movedim(lead, -1), projection.movedim(1, -1)
+            rows = y.reshape(*y.shape[:lead], -1, y.shape[-1]).to(projection.dtype)
+            readout = projection.reshape(projection.shape[0], -1, y.shape[-1])
+            logits = torch.einsum("...pu,kpu->...pk", rows, readout)
+            if self.num_classes is None:
+                repeated = targets.unsqueeze(-2).expand_as(logits).flatten(0, -2)
+            else:
+                repeated = targets.unsqueeze(-1).expand(logits.shape[:-1]).flatten()
+            self._gradients(F.cross_entropy(logits.flatten(0, -2), repeated), None)
             return
+        if not is_map:  # one target for all positions between samples and units
+            targets = targets.reshape(*targets.shape[:lead], *[1] * (y.dim() - lead - 1), *targets.shape[lead:])
         if self.num_classes is not None:
             target = projection[targets]
         else:
             target = torch.tensordot(targets.to(projection.dtype), projection, 1)
-        count = y.numel() // y.shape[lead if is_map else -1]
+        count = y.numel() // y.shape[lead if is_map else -1]  # a mean over samples, and over positions
+        if is_map and self.local_loss == "drtp":  # whose authors have no mean over positions
+            count = y.shape[:lead].numel()
         if isinstance(self.local_loss, str) and self.local_loss in _DERIVATIVES:
-            grad = _DERIVATIVES[self.local_loss](y.detach().to(target.dtype), target) / count
-            self._gradients(y, grad.to(y.dtype))
+            grad = _DERIVATIVES[self.local_loss](y.detach().to(target.dtype), target)
+            self._gradients(y, (grad / count).to(y.dtype))
             return
         y, target = ((t.movedim(lead, -1) if is_map else t) for t in (y, target))
         y, target = y.to(target.dtype), target.expand_as(y)
