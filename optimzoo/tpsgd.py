@@ -209,7 +209,9 @@ class TPSGD(Optimizer):
         self.model, self.num_classes, self.target_dim = model, num_classes, target_dim
         self.local_loss, self.projection, self.conv_target, self.bptt = local_loss, projection, conv_target, bptt
         self.update_in_forward, self.store_projections = update_in_forward, store_projections
-        self._names = names
+        self._names, self._places = names, {module: place for place, module in enumerate(names)}
+        with_group = [group["name"] for group in groups]
+        self._numbers = {module: with_group.index(name) for module, name in names.items() if name in with_group}
         super().__init__(groups, dict(lr=lr))
         make: Callable[..., Optimizer] = base
         self.base = make(self.param_groups, lr=lr, **options)
@@ -220,9 +222,6 @@ class TPSGD(Optimizer):
         """Groups and state are those of the base, so that whatever changes one changes the other."""
         self.defaults, self.param_groups, self.state = self.base.defaults, self.base.param_groups, self.base.state
         self._projections: dict[tuple[int, int], Tensor] = {}
-        names = [group["name"] for group in self.param_groups]
-        self._numbers = {module: names.index(name) for module, name in self._names.items() if name in names}
-        self._places = {module: place for place, module in enumerate(self._names)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Called by the constructor; the groups are the model's modules.
@@ -263,7 +262,8 @@ class TPSGD(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("model", "num_classes", "target_dim", "local_loss", "projection", "conv_target", "bptt", "base",
-                "update_in_forward", "store_projections", "process_group", "_names")  # fmt: skip
+                "update_in_forward", "store_projections", "process_group", "_names", "_places",
+                "_numbers")  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -350,6 +350,8 @@ class TPSGD(Optimizer):
             raise ValueError(f"the loss must be one number, got {loss!r}")
         if loss.requires_grad:
             self._gradients(loss, None)
+        elif run.waiting and not run.outputs:
+            raise RuntimeError("the loss has no graph: the last layer does not lead to it, or inference_mode is on")
         for layer, made in list(run.outputs.items()):  # a cell below another: its last state is known by now
             self._local(layer, made)
         torch.set_grad_enabled(False)
@@ -437,7 +439,7 @@ class TPSGD(Optimizer):
         run = self._run
         if run is None or not torch.is_grad_enabled() or module not in run.waiting:
             return forward(module, input, hx)
-        directions = 2 if module.bidirectional else 1
+        directions, each_step = 2 if module.bidirectional else 1, run.targets.dim() - (self.num_classes is None) > 1
         count, states = module.num_layers, []
         for k in range(count):
             run.waiting[module] = None
@@ -447,11 +449,10 @@ class TPSGD(Optimizer):
                 if self.bptt:
                     output, state = forward(module, input, state)
                 else:
-                    output, state = self._last_step(module, input, state)
+                    output, state = self._last_step(module, input, state, each_step)
             states.append(state)
             last = state[0] if isinstance(state, tuple) else state
             last = last.transpose(0, 1).flatten(1) if last.dim() == 3 else last.flatten()
-            each_step = run.targets.dim() - (self.num_classes is None) > 1
             if k == count - 1:
                 run.outputs[module] = output if each_step else last
                 break
@@ -461,9 +462,11 @@ class TPSGD(Optimizer):
                 input = PackedSequence(input, *output[1:])
         return output, tree_map(lambda *parts: torch.cat(parts), *states)
 
-    def _last_step(self, module: nn.RNNBase, input: Any, state: Any) -> Any:
-        if not isinstance(input, Tensor) or module.bidirectional:
-            raise ValueError(f"bptt=False is for tensors and one direction: {self._title(module)} has others")
+    def _last_step(self, module: nn.RNNBase, input: Any, state: Any, each_step: bool) -> Any:
+        if not isinstance(input, Tensor) or module.bidirectional or each_step:
+            raise ValueError(
+                f"bptt=False is for tensors, one direction and one label a sequence; {self._title(module)} has others"
+            )
         time, forward = int(module.batch_first and input.dim() == 3), type(module).forward
         head, tail = input.tensor_split([input.shape[time] - 1], time)
         with torch.no_grad():
@@ -628,6 +631,8 @@ class TPSGD(Optimizer):
         Raises:
             ValueError: it does not fit; nothing has changed then.
         """
+        if any("projection_seed" not in group for group in state_dict.get("param_groups", ())):
+            raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
         self.base.load_state_dict(state_dict)
         self._share()
 

@@ -702,6 +702,10 @@ def test_training_without_targets_and_evaluation_with_them_are_errors():
     with pytest.raises(RuntimeError, match="modules of its model"):
         optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
     train(model, optimizer)
+    with pytest.raises(ValueError, match="not one of TPSGD"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="the loss has no graph"):
+        train(model, optimizer)
 
 
 def test_maps_of_other_sizes_need_the_channel_target():
@@ -780,7 +784,11 @@ def test_recurrent_layers_say_what_they_cannot_do():
         model(torch.randn(5, 2, 3))
     both = nn.Sequential(nn.GRU(3, 4, bidirectional=True))
     optimizer = make(both, bptt=False)
-    with pytest.raises(ValueError, match="bptt=False is for tensors and one direction"), optimizer.targets(y):
+    with pytest.raises(ValueError, match="bptt=False is for tensors, one direction"), optimizer.targets(y):
         both(torch.randn(5, 2, 3))
+    reader = weights(Reader())
+    each = torch.zeros(2, 7, dtype=torch.int64)
+    with pytest.raises(ValueError, match="one label a sequence"), make(reader, bptt=False).targets(each):
+        reader(torch.ones(2, 7, dtype=torch.int64))
     assert both[0].num_layers == 1
     assert "forward" not in vars(both[0])
