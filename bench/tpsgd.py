@@ -2,7 +2,8 @@
 
 ``evidence`` trains small networks by every method, ``depth`` adds hidden layers, ``cost`` measures a step, ``vgg``
 trains a deep convolutional network on CIFAR-10's binary files in DATA_ROOT. All methods are tuned by the same rule:
-the smallest learning rate of a grid whose validation accuracy is within a standard error of the best. A finished run is a
+the smallest learning rate of a grid whose validation accuracy is within a standard error of the best. A finished run
+is a line of OUT/tpsgd.jsonl and is not run again.
 """
 
 import argparse
@@ -160,10 +161,10 @@ def projected(model: nn.Sequential, lr: float, seed: int, **settings: Any) -> Me
     return Method(step, optimizer, model)
 
 
-def reachable(model: nn.Sequential, lr: float, seed: int) -> Method:
+def reachable(model: nn.Sequential, lr: float, seed: int, **settings: Any) -> Method:
     """TPSGD with l1 and targets that the activation can take: of normal numbers, rectified or in (-1, 1)."""
     rectified = any(isinstance(module, nn.ReLU) for module in model)
-    return projected(model, lr, seed, local_loss="l1", projection=torch.relu if rectified else torch.tanh)
+    return projected(model, lr, seed, local_loss="l1", projection=torch.relu if rectified else torch.tanh, **settings)
 
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.RNN)
@@ -252,14 +253,15 @@ METHODS: dict[str, Callable[..., Method]] = {
     "TPSGD, l2": projected,
     "TPSGD, l1": functools.partial(projected, local_loss="l1"),
     "TPSGD, l1, reachable": reachable,
+    "the same, by channel": functools.partial(reachable, conv_target="channel"),
 }
 SETUPS = {**NETS, **DEPTHS, **VGG}
 ROOT = [DATA]  # where data are read from
 
 
 def works(net: str, method: str) -> bool:
-    """Forward-forward is for dense layers."""
-    return method != "forward-forward" or "MLP" in net
+    """Forward-forward is for dense layers, and channels are those of convolutions."""
+    return {"forward-forward": "MLP" in net, "the same, by channel": "CNN" in net or "VGG" in net}.get(method, True)
 
 
 def accuracy(logits: Callable[[Tensor], Tensor], split: Batch) -> float:
