@@ -93,8 +93,9 @@ class _Run:
     waiting: dict[nn.Module, None] = field(default_factory=dict)  # modules whose gradient is to come, in their order
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of those that have one before the next layer asks
     trained: set[nn.Module] = field(default_factory=set)
-    edges: dict[nn.Module, list[GradientEdge]] = field(default_factory=dict)  # where linear layers end
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of these
+    edges: dict[nn.Module, tuple[GradientEdge, Tensor]] = field(
+        default_factory=dict
+    )  # ends and inputs of linear layers
 
     def layers(self) -> list[nn.Module]:
         return [module for module in self.waiting if isinstance(module, _LAYERS)]
@@ -173,10 +174,7 @@ class TPSGD(Optimizer):
     ) -> None:
         if isinstance(model, nn.DataParallel):
             raise TypeError("model must not be wrapped in DataParallel; DistributedDataParallel is supported")
-        self.process_group = getattr(model, "process_group", None)
-        if self.process_group is not None:
-            model = model.module  # type: ignore[assignment]  # of DistributedDataParallel
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model, self.process_group = _unwrapped(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
         if (num_classes is None) == (target_dim is None):
@@ -248,8 +246,7 @@ class TPSGD(Optimizer):
             elif isinstance(module, _AFTER_A_LAYER):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._end_of_layer)))
             if self.update_in_forward and type(self.base) is torch.optim.SGD and type(module) is nn.Linear:
-                if all(param.requires_grad for param in module.parameters()):
-                    self._handles.append(module.register_forward_hook(_Hook(self._keep_edge)))
+                self._handles.append(module.register_forward_hook(_Hook(self._keep_edge)))
             elif isinstance(module, nn.RNNCellBase):
                 self._handles.append(module.register_forward_hook(_Hook(self._keep_state)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._end)))
@@ -551,7 +548,7 @@ class TPSGD(Optimizer):
         """Differentiate back to the parameters of the modules that wait, and to no others."""
         run = self._run
         assert run is not None  # hooks look
-        waiting: dict[nn.Module, list[Any]] = {m: run.edges.get(m) or _trainable(m) for m in run.waiting}
+        waiting: dict[nn.Module, Any] = {m: run.edges[m][:1] if m in run.edges else _trainable(m) for m in run.waiting}
         sources = list(dict.fromkeys(source for row in waiting.values() for source in row))
         if not sources:
             return
@@ -565,7 +562,8 @@ class TPSGD(Optimizer):
             run.outputs.pop(module, None)
             run.trained.add(module)
             if module in run.edges:
-                self._update_linear(cast(nn.Linear, module), found.pop(*run.edges.pop(module)))
+                edge, inputs = run.edges.pop(module)
+                self._update_linear(cast(nn.Linear, module), found.pop(edge), inputs)
             elif self.update_in_forward:
                 groups.append(self.param_groups[self._numbers[module]])
         if not found:
@@ -590,19 +588,20 @@ class TPSGD(Optimizer):
 
     def _keep_edge(self, layer: nn.Linear, args: Any, output: Tensor) -> None:
         """After a linear layer that plain SGD updates in the forward pass: no gradient of its weights need be made."""
-        run, group = self._run, self.param_groups[self._numbers[layer]]
+        run = self._run
         if run is None or layer not in run.waiting or self.process_group is not None or len(args) != 1:
             return
-        plain = not any(group[name] for name in ("momentum", "weight_decay", "nesterov", "maximize", "differentiable"))
-        if plain and not isinstance(group["lr"], Tensor) and output.dtype == args[0].dtype == layer.weight.dtype:
-            run.edges[layer] = [get_gradient_edge(output)]
-            run.inputs[layer] = args[0]
+        group = self.param_groups[self._numbers[layer]]
+        others = any(group[name] for name in ("momentum", "weight_decay", "nesterov", "maximize", "differentiable"))
+        same = output.dtype == args[0].dtype == layer.weight.dtype  # no autocast
+        whole = len(_trainable(layer)) == 1 + (layer.bias is not None)
+        if same and whole and not others and not isinstance(group["lr"], Tensor):
+            run.edges[layer] = get_gradient_edge(output), args[0]
 
     @torch.no_grad()
-    def _update_linear(self, layer: nn.Linear, delta: Tensor) -> None:
-        assert self._run is not None  # hooks look
+    def _update_linear(self, layer: nn.Linear, delta: Tensor, inputs: Tensor) -> None:
         rows, lr = delta.flatten(0, -2), self.param_groups[self._numbers[layer]]["lr"]
-        layer.weight.addmm_(rows.T, self._run.inputs.pop(layer).detach().flatten(0, -2), alpha=-lr)
+        layer.weight.addmm_(rows.T, inputs.flatten(0, -2), alpha=-lr)
         if layer.bias is not None:
             layer.bias.sub_(rows.sum(0), alpha=lr)
 
@@ -635,6 +634,18 @@ class TPSGD(Optimizer):
             raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
         self.base.load_state_dict(state_dict)
         self._share()
+
+
+def _unwrapped(model: Any) -> tuple[Any, Any]:
+    """What DistributedDataParallel and torch.compile have wrapped, and the processes of the former."""
+    group = None
+    while True:
+        if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
+            model, group = model.module, model.process_group
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model, group
 
 
 def _groups(names: dict[nn.Module, str], rates: dict[str, Any], lr: Any, one_owner: bool) -> list[dict[str, Any]]:

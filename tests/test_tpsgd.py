@@ -490,6 +490,18 @@ def test_frozen_layers_stay():
     assert len(optimizer.param_groups) == 2
 
 
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_later_stays_as_well(frozen, in_forward):
+    model = mlp(6, 7)
+    optimizer = make(model, update_in_forward=in_forward)
+    getattr(model[2], frozen).requires_grad_(False)
+    before = copy.deepcopy(model[2])
+    train(model, optimizer)
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(model[2], name), getattr(before, name)) == (name == frozen)
+
+
 def test_tied_weights_have_the_sum_of_their_gradients():
     def tied() -> nn.Module:
         model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
