@@ -344,6 +344,79 @@ def test_packed_sequences_are_read_to_their_own_ends():
     torch.testing.assert_close(packed, total, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("between", [nn.Identity, lambda: nn.Dropout(0.0)], ids=["nothing", "dropout"])
+def test_a_layer_below_a_cell_has_a_target_at_each_step(between):
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.between, self.cell = nn.Linear(3, 4), between(), nn.GRUCell(4, 4)
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor, cut=lambda tensor: tensor) -> Tensor:
+            h = None
+            for t in range(x.shape[1]):
+                code = torch.tanh(self.encoder(x[:, t]))
+                codes.append(code)
+                h = self.cell(cut(self.between(code)), h)
+            codes.append(h)
+            return self.head(h)
+
+    codes: list[Tensor] = []
+    model = weights(Encoded())
+    optimizer = make(model)
+    x, y = normal(0, 6, 5, 3), batch(mlp(6))[1]
+    with optimizer.targets(y):
+        model(x)
+    P, Q = (optimizer._projections[optimizer._places[m], 0] for m in (model.encoder, model.cell))
+    made = grads(model)
+    optimizer.close()
+    codes.clear()
+    model(x, cut=Tensor.detach)
+    *codes, last = codes
+    loss = sum((code - P[y]).square().sum() for code in codes) + (last - Q[y]).square().sum()
+    expected = torch.autograd.grad(loss / 2 / len(y), [*model.encoder.parameters(), *model.cell.parameters()])
+    torch.testing.assert_close(made[:-2], list(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_an_embedding_below_a_cell_is_trained_as_below_its_module():
+    class Stepwise(nn.Module):
+        def __init__(self, reader: Reader) -> None:
+            super().__init__()
+            self.embedding, self.cell, self.head = reader.embedding, nn.GRUCell(3, 4).double(), reader.head
+            self.cell.load_state_dict({k.removesuffix("_l0"): v for k, v in reader.gru.state_dict().items()})
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = None
+            for t in range(tokens.shape[1]):
+                h = self.cell(self.embedding(tokens[:, t]), h)
+            return self.head(h)
+
+    reader = Reader()
+    reader.gru = nn.GRU(3, 4, batch_first=True)
+    weights(reader)
+    stepwise = Stepwise(copy.deepcopy(reader))
+    rows = []
+    for model in (reader, stepwise):
+        optimizer = make(model)
+        x, y = batch(reader)
+        with optimizer.targets(y):
+            model(x)
+        rows.append(grads(model))
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_recurrent_layers_are_passed_through():
+    model, whole = weights(Reader()), weights(Reader())
+    model.embedding.requires_grad_(False)
+    model.gru.requires_grad_(False)
+    for one in (model, whole):
+        x, y = batch(one)
+        with make(one).targets(y):
+            one(x)
+    assert grads(model)[:-2] == [None] * 9
+    torch.testing.assert_close(grads(model)[-2:], grads(whole)[-2:], rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_between_recurrent_layers_acts():
     gru = nn.GRU(3, 4, 2, dropout=1.0)  # nothing arrives at the second layer
     model, y = nn.Sequential(gru), torch.tensor([0])
