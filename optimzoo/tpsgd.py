@@ -39,7 +39,7 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": torch.sub,
     "l1": lambda y, t: (y - t).sign_(),
     "smooth_l1": lambda y, t: (y - t).clamp_(-1, 1),
-    "drtp": lambda y, t: t.expand_as(y),
+    "drtp": lambda y, t: t.expand_as(y).clone(),
 }
 _LOSSES = (*_DERIVATIVES, "cosine", "cross_entropy")
 
@@ -509,8 +509,9 @@ class TPSGD(Optimizer):
         if is_map and self.local_loss == "drtp":  # whose authors have no mean over positions
             count = y.shape[:lead].numel()
         if isinstance(self.local_loss, str) and self.local_loss in _DERIVATIVES:
-            grad = _DERIVATIVES[self.local_loss](y.detach().to(target.dtype), target)
-            self._gradients(y, (grad / count).to(y.dtype))
+            grad = _DERIVATIVES[self.local_loss](y.detach().to(target.dtype), target).div_(count).to(y.dtype)
+            del target  # as large as a map
+            self._gradients(y, grad)
             return
         y, target = ((t.movedim(lead, -1) if is_map else t) for t in (y, target))
         y, target = y.to(target.dtype), target.expand_as(y)
