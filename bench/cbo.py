@@ -493,9 +493,9 @@ EXPERIMENTS = ("success", "sigma", "speed", "memory", "canyon", "digits", "image
 class Results:
     """The finished cells of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "cbo") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "cbo.jsonl"
+        self.file = folder / f"{name}.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.rows: dict[str, Record] = {}
         for line in lines:

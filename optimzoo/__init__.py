@@ -8,9 +8,11 @@ from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
+from optimzoo.tpsgd import TPSGD
 
 __all__ = [
     "CBO",
+    "TPSGD",
     "AdaBelief",
     "AdaGradNorm",
     "AdaptiveBatchSampler",

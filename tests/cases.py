@@ -113,6 +113,7 @@ ELSEWHERE: dict[str, str] = {
     "SamplesLR": "test_batch_size.py",
     "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
+    "TPSGD": "test_tpsgd.py: its gradients come from the model's forward pass",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
     "dale_columns_": "test_dale.py",
     "dale_groups": "test_dale.py",
