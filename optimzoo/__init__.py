@@ -6,9 +6,11 @@ from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
+from optimzoo.sso import SSO, TargetSurrogate
 
 __all__ = [
     "CBO",
+    "SSO",
     "AdaBelief",
     "AdaGradNorm",
     "DaleAdamW",
@@ -16,6 +18,7 @@ __all__ = [
     "DaleSGD",
     "DiffGrad",
     "GeometricBrownian",
+    "TargetSurrogate",
     "dale_columns_",
     "dale_groups",
     "lognormal_",
