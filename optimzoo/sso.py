@@ -102,7 +102,7 @@ class SSO(Optimizer):
 
     >>> model = torch.nn.Linear(3, 1)
     >>> inputs, wanted = torch.randn(8, 3), torch.randn(8, 1)
-    >>> optimizer = SSO(model.parameters(), inner_steps=10)
+    >>> optimizer = optimzoo.SSO(model.parameters(), inner_steps=10)
     >>> loss = optimizer.step(lambda: (model(inputs), lambda z: (z - wanted).square().mean() / 2))
 
     Args:
