@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -68,13 +68,13 @@ class Armijo(Optimizer):
         row = self.state[first["params"][0]]
         size = first["growth"] * row["step_size"] if "step_size" in row else float(first["lr"])
         for _ in range(100):
-            torch._foreach_copy_(params, torch._foreach_add(kept, grads, alpha=-size))
+            _copy(params, torch._foreach_add(kept, grads, alpha=-size))
             self.stuck = not -math.inf < float(closure()) <= float(value) - _SUFFICIENT * size * square
             if not self.stuck or size * _SHRINK < 1e-6:
                 break
             size *= _SHRINK
         if self.stuck:
-            torch._foreach_copy_(params, kept)
+            _copy(params, kept)
             warn(f"no step size down to {size:.3g} descends enough: the parameters stay where they are")
         else:
             row["step_size"] = size
@@ -98,7 +98,8 @@ class SSO(Optimizer):
 
     ``step(closure)`` needs a closure that returns ``(outputs, loss)`` and does not call ``backward``. ``outputs`` is a
     tensor or a tuple of tensors; ``loss`` is a function of them, which is called once a step, or a tensor computed from
-    them, which is then recomputed, and thrown away, for each inner update.
+    them, which is then recomputed, and thrown away, for each inner update. (Of such a tensor the gradient is a total
+    one: no output may then be computed from another.)
 
     >>> model = torch.nn.Linear(3, 1)
     >>> inputs, wanted = torch.randn(8, 3), torch.randn(8, 1)
@@ -331,6 +332,7 @@ class SSO(Optimizer):
             raise RuntimeError("the closure's outputs have no graph: they must depend on the parameters")
         old = [_wide(output.detach()) for output in new]
         value, slopes = self._loss_gradient(outputs, old, loss)
+        drawn = _Generators(device)  # where a step that runs model and loss once would leave them
         if not self._all_finite([value, *old, *slopes]):
             raise _NonFiniteError("outputs, loss or gradient of the loss are not finite", self, value)
         weights, surrogate = self._metric(old, slopes), self.surrogate
@@ -371,7 +373,7 @@ class SSO(Optimizer):
                     break
         finally:
             _copy(buffers, after)
-            used.restore()
+            drawn.restore()
         return value
 
     def _update(self, closure: Callable[[], Any], params: list[Tensor], loss: Tensor) -> bool:
@@ -414,7 +416,7 @@ class SSO(Optimizer):
                 raise RuntimeError("the loss must be computed from the outputs; this one has no graph")
             self.counts["loss_values"] += 1
             self.counts["loss_gradients"] += 1
-            slopes = torch.autograd.grad(value, leaves, retain_graph=isinstance(loss, Tensor), allow_unused=True)
+            slopes = torch.autograd.grad(value, leaves, allow_unused=True)
         if all(slope is None for slope in slopes):
             raise RuntimeError("the loss does not depend on the outputs that the closure returned")
         pairs = zip(slopes, old, strict=True)
@@ -524,7 +526,7 @@ class _Generators:
 
 
 @torch.no_grad()
-def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
 

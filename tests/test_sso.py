@@ -159,14 +159,18 @@ def test_one_inner_update_by_sgd_is_a_step_of_sgd_bit_for_bit():
     sgd = torch.optim.SGD(models[0].parameters(), lr=0.1, momentum=0.9)
     sso = SSO(models[1].parameters(), 0.3, functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9), 1)
     inputs, states = INPUTS.float(), []
+
+    def noisy(outputs):  # which draws as well
+        return half_squared(F.dropout(outputs, 0.1))
+
     for model, optimizer in zip(models, (sgd, sso), strict=True):
         torch.manual_seed(3)
         for _ in range(5):
             if optimizer is sso:
-                sso.step(closure_of(model, inputs=inputs))
+                sso.step(closure_of(model, noisy, inputs))
             else:
                 sgd.zero_grad()
-                half_squared(model(inputs)).backward()
+                noisy(model(inputs)).backward()
                 sgd.step()
         states.append(torch.get_rng_state())
     assert torch.equal(*map(weights, models))
@@ -372,6 +376,19 @@ def test_armijo_goes_on_from_the_step_size_before_where_it_is_not_reset():
     assert sizes[1] != sizes[0]
 
 
+def test_armijo_does_not_go_where_the_value_is_infinite():
+    param = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def value():
+        result = param.log().sum()
+        if torch.is_grad_enabled():
+            result.backward()
+        return result.detach()
+
+    Armijo([param], lr=1.0).step(value)
+    assert param.item() == pytest.approx(0.1)  # not 0, whose logarithm is below any bound
+
+
 @pytest.mark.parametrize("name", ["kl", "reversed", "probabilities", "adagrad"])
 def test_other_distances_are_those_of_the_reference(name):
     old, new, eta = normal(1, 8, 3), normal(2, 8, 3), 0.6
@@ -515,15 +532,29 @@ def test_dropout_is_the_same_in_all_inner_updates_and_batch_statistics_move_once
     plain = copy.deepcopy(model)
     optimizer = SSO(model.parameters(), 0.5, SGD, 4, module=model)
     torch.manual_seed(1)
-    optimizer.step(closure_of(model))
+    optimizer.step(closure_of(model, lambda z: half_squared(F.dropout(z))))
     state = torch.get_rng_state()
     assert len(masks) == 4
     assert all(torch.equal(mask, masks[0]) for mask in masks)
     torch.manual_seed(1)
-    plain(INPUTS)
+    F.dropout(plain(INPUTS))
     assert torch.equal(torch.get_rng_state(), state)
     assert model[1].num_batches_tracked == 1
     assert equal([*model.buffers()], [*plain.buffers()])
+
+
+def test_all_trials_of_a_search_see_the_noise_of_the_first_value():
+    model, noise = network(), []
+
+    def noisy(outputs):
+        noise.append(torch.randn(8, 3, dtype=torch.float64))
+        return half_squared(outputs + noise[-1])
+
+    optimizer = SSO(model.parameters(), 100.0, SGD, 1, line_search=True)
+    optimizer.step(closure_of(model, noisy))
+    assert len(noise) > 40
+    assert all(torch.equal(row, noise[0]) for row in noise)
+    assert optimizer.state_dict()["targets"]["lr"] == pytest.approx(100 * 0.9**44)  # the first below 1 / L = 1
 
 
 def test_a_step_ends_where_nothing_is_left_to_do():
@@ -536,10 +567,12 @@ def test_a_step_ends_where_nothing_is_left_to_do():
 
 def test_a_failed_search_keeps_the_parameters_and_says_so():
     model = network()
+    optimizer = SSO(model.parameters(), 1e-12, functools.partial(Armijo, lr=1e9))
     before = weights(model)
     with pytest.warns(UserWarning, match="no step size down to .* descends enough"):
-        SSO(model.parameters(), 1e-12, functools.partial(Armijo, lr=1e9)).step(closure_of(model))
+        optimizer.step(closure_of(model))
     assert torch.equal(before, weights(model))
+    assert optimizer.counts["backwards"] == 1  # a second search would go the same way
 
 
 # Mixed precision
@@ -642,6 +675,7 @@ class Breaks(torch.optim.Adam):
         super().step(closure)
         self.param_groups[0]["lr"] /= 2
         if next(iter(self.state.values()))["step"] == 6:
+            self.param_groups[0]["broken"] = True
             raise ZeroDivisionError("third")
 
 
