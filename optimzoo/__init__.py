@@ -8,10 +8,12 @@ from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
+from optimzoo.sso import SSO, TargetSurrogate
 from optimzoo.tpsgd import TPSGD
 
 __all__ = [
     "CBO",
+    "SSO",
     "TPSGD",
     "AdaBelief",
     "AdaGradNorm",
@@ -23,6 +25,7 @@ __all__ = [
     "DiffGrad",
     "GeometricBrownian",
     "SamplesLR",
+    "TargetSurrogate",
     "dale_columns_",
     "dale_groups",
     "lognormal_",

@@ -114,6 +114,8 @@ ELSEWHERE: dict[str, str] = {
     "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
     "TPSGD": "test_tpsgd.py: its gradients come from the model's forward pass",
+    "SSO": "test_sso.py: its step takes a closure that returns outputs and loss",
+    "TargetSurrogate": "test_sso.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
     "dale_columns_": "test_dale.py",
     "dale_groups": "test_dale.py",
