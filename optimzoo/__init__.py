@@ -6,6 +6,7 @@ from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
+from optimzoo.lanczos import LanczosLR, max_learning_rate
 
 __all__ = [
     "CBO",
@@ -16,8 +17,10 @@ __all__ = [
     "DaleSGD",
     "DiffGrad",
     "GeometricBrownian",
+    "LanczosLR",
     "dale_columns_",
     "dale_groups",
     "lognormal_",
+    "max_learning_rate",
 ]
 __version__ = "0.1.0"

@@ -67,7 +67,7 @@ class Hessian:
         process_group: Any = None,
     ) -> None:
         self.params = check_params(params)
-        closures = list(closure) if isinstance(closure, list | tuple) else [closure]
+        closures: list[Any] = list(closure) if isinstance(closure, list | tuple) else [closure]
         if not closures or not all(map(callable, closures)):
             raise TypeError(f"closure must be a function or a list of functions, got {closure!r}")
         self._module, self._group, self._closures = module, process_group, closures
@@ -117,7 +117,7 @@ class Hessian:
         return loss, _flat(grads).detach(), product
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        pieces = vector.split([param.numel() for param in self.params])
+        pieces = torch.split(vector, [param.numel() for param in self.params])
         return [piece.view(param.shape) for piece, param in zip(pieces, self.params, strict=True)]
 
     def _call(self, closure: Closure) -> Any:
@@ -173,20 +173,23 @@ class GGN(Hessian):
 
 
 class Preconditioned:
-    """``scale * (operator + shift) * scale`` with diagonals: the curvature that a method with step sizes of its own sees.
+    """``scale * (sign * operator + shift) * scale``: the curvature that a method with step sizes of its own sees.
 
     Args:
         operator: symmetric.
-        scale, shift: flat vectors, or numbers.
+        scale, shift: diagonals as flat vectors, or numbers.
+        sign: -1 for a loss that is maximised.
     """
 
-    def __init__(self, operator: Operator, scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> None:
+    def __init__(
+        self, operator: Operator, scale: Tensor | float = 1.0, shift: Tensor | float = 0.0, sign: float = 1.0
+    ) -> None:
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        self._operator, self._scale, self._shift = operator, scale, shift
+        self._operator, self._scale, self._shift, self._sign = operator, scale, shift, sign
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         scaled = self._scale * vector
-        return self._scale * ((self._operator @ scaled) + self._shift * scaled)
+        return self._scale * (self._sign * (self._operator @ scaled) + self._shift * scaled)
 
 
 def check_params(params: Sequence[Tensor]) -> list[Tensor]:
@@ -227,9 +230,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def _grad(outputs: Any, inputs: Sequence[Tensor], grad_outputs: Any = None, **options: Any) -> tuple[Tensor, ...]:
     """``torch.autograd.grad`` that says what is wrong with the closure."""
     try:
-        return torch.autograd.grad(
-            outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True, **options
-        )
+        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True, **options)
     except RuntimeError as error:
         text = str(error)
         if "second time" in text:
@@ -369,7 +370,9 @@ def _ritz(diagonal: list[float], off: list[float], size: int) -> Spectrum:
     return Spectrum(values.flip(0), vectors[0].square().flip(0), off[-1] * vectors[-1].abs().flip(0), size)
 
 
-def quadrature(operator: Operator, iterations: int = 20, starts: int = 1, *, seed: int = 0, tol: float = 0.0) -> Spectrum:
+def quadrature(
+    operator: Operator, iterations: int = 20, starts: int = 1, *, seed: int = 0, tol: float = 0.0
+) -> Spectrum:
     """Stochastic Lanczos quadrature: the nodes and weights of ``starts`` runs from random vectors, as one spectrum."""
     check_count("starts", starts)
     runs = [lanczos(operator, iterations, seed=seed + i, tol=tol) for i in range(starts)]

@@ -110,6 +110,8 @@ REFUSES: dict[str, dict[str, str]] = {
 ELSEWHERE: dict[str, str] = {
     "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
+    "LanczosLR": "test_lanczos.py: a scheduler",
+    "max_learning_rate": "test_lanczos.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
     "dale_columns_": "test_dale.py",
     "dale_groups": "test_dale.py",
