@@ -163,7 +163,7 @@ class LanczosLR(LRScheduler):
             kind the curvature is that of :math:`D^{-1/2} H D^{-1/2}`, :math:`D = \sqrt{\hat v} + \epsilon`. **The
             group's own** ``lr`` **multiplies the learnt one**: give the optimizer ``lr=1``.
         every: steps from one look at the curvature to the next. While a rate moves by ``growth`` or more, the next look
-            comes after a tenth of it. Default 300.
+            comes after a twentieth of it. Default 400.
         iterations: Hessian-vector products in a look, at most. Default 10.
         starts: Lanczos runs in a look, each with ``iterations`` products. Default 1.
         curvature: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix; the closure then returns
@@ -202,7 +202,7 @@ class LanczosLR(LRScheduler):
         self,
         optimizer: Optimizer,
         *,
-        every: int = 300,
+        every: int = 400,
         iterations: int = 10,
         starts: int = 1,
         curvature: str = "hessian",
@@ -286,7 +286,7 @@ class LanczosLR(LRScheduler):
             before = self.learnt
             self._look(closure)
             moved = any(max(a / b, b / a) >= self.growth for a, b in zip(before, self.learnt, strict=True) if a and b)
-            self.due = self.last_epoch + (max(1, self.every // 10) if moved else self.every)
+            self.due = self.last_epoch + (max(1, self.every // 20) if moved else self.every)
         self.last_epoch += 1
         self._write()
 
