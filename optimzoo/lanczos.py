@@ -29,7 +29,7 @@ from optimzoo.optimizer import check_number, warn
 
 Group: TypeAlias = dict[str, Any]
 
-_QUANTILE = 0.1  # of the positive part of the density, for mu="quantile"
+_QUANTILE = 0.1  # of the density, for mu="quantile"
 # What an Adam divides by the root of, by order of preference.
 _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "max_exp_avg_var", "exp_avg_var")
 # What is saved beside the rates and momenta of the groups.
@@ -71,6 +71,8 @@ def max_learning_rate(
     b = effective_batch(batch_size, dataset_size)
     reference = effective_batch(reference_batch, dataset_size, "reference_batch")
     if law != "saturating":
+        if math.inf in (b, reference):
+            raise ValueError(f"law must be 'saturating' for a batch of the whole dataset, got {law!r}")
         ratio = b / reference
         return reference_lr * (ratio if law == "linear" else math.sqrt(ratio))
     if eigenvalue is None or noise is None:
@@ -80,9 +82,10 @@ def max_learning_rate(
 
 
 def effective_batch(batch_size: float, dataset_size: float = math.inf, name: str = "batch_size") -> float:
-    """B / (1 - B/N): the size of a batch with replacement that is as noisy as one of B of N samples without."""
-    check_number(name, batch_size, 0.0, dataset_size, f"> 0 and below dataset_size, {dataset_size!r}", above=True)
-    return batch_size / (1 - batch_size / dataset_size)
+    """B / (1 - B/N), the batch with replacement that is as noisy as B of N samples without; infinite for all."""
+    if not 0 < batch_size <= dataset_size or batch_size == math.inf:
+        raise ValueError(f"{name} must be finite, > 0 and at most dataset_size, {dataset_size!r}, got {batch_size!r}")
+    return math.inf if batch_size == dataset_size else batch_size / (1 - batch_size / dataset_size)
 
 
 def batch_eigenvalue(eigenvalue: float, noise: float, batch: float) -> float:
@@ -93,7 +96,8 @@ def batch_eigenvalue(eigenvalue: float, noise: float, batch: float) -> float:
     """
     check_number("eigenvalue", eigenvalue, 0.0, math.inf, "finite and > 0", above=True)
     check_number("noise", noise, 0.0, math.inf, "finite and >= 0")
-    check_number("batch", batch, 0.0, math.inf, "finite and > 0", above=True)
+    if not batch > 0:
+        raise ValueError(f"batch must be > 0, got {batch!r}")
     variance = noise / batch
     return eigenvalue + variance / eigenvalue if eigenvalue**2 > variance else 2 * math.sqrt(variance)
 
@@ -171,8 +175,8 @@ class LanczosLR(LRScheduler):
         rule: ``"spectrum"``, or ``"line"``: :math:`\gamma = g^\top g / g^\top H g`, one product, with the momentum
             left alone and none of the guards but the bounds. Default ``"spectrum"``.
         mu: the smallest curvature that matters: ``"abs_min"``, the magnitude of the lowest Ritz value,
-            ``"smallest_positive"``, ``"quantile"``, where a tenth of the positive part of the density lies below, or a
-            number >= 0. Default ``"abs_min"``.
+            ``"smallest_positive"``, ``"quantile"``, the value that a tenth of the density lies below (0 if that is
+            negative), or a number >= 0. Default ``"abs_min"``.
         momentum: ``"learn"`` or ``"fixed"``. By default it is learnt for SGD and Adam's betas are left alone; with
             ``"learn"`` the first of them is.
         damping: added to every eigenvalue, >= 0; so is coupled weight decay. Default 0.
@@ -377,11 +381,9 @@ class LanczosLR(LRScheduler):
             return float(self.mu)
         if self.mu == "abs_min":
             return abs(float(values[-1]))
-        positive = values > 16 * eps * values[0]
-        values, weights = values[positive].flip(0), spectrum.weights[positive].flip(0)
         if self.mu == "smallest_positive":
-            return float(values[0])
-        return float(values[(weights.cumsum(0) >= _QUANTILE * weights.sum()).nonzero()[0, 0]])
+            return float(values[values > 16 * eps * values[0]][-1])
+        return max(0.0, float(values.flip(0)[(spectrum.weights.flip(0).cumsum(0) >= _QUANTILE).nonzero()[0, 0]]))
 
     def _scale(self, group: Group, param: Tensor) -> Tensor:
         r""":math:`D^{-1/2}`; zero for a parameter that has not moved."""

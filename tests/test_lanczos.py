@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import lanczos as reference
 from steps import normal
 from torch import nn
 from torch.nn import functional as F
 
 import optimzoo
 from optimzoo import LanczosLR, max_learning_rate
-from optimzoo.curvature import Hessian, lanczos
+from optimzoo.curvature import GGN, Hessian, lanczos, noise, quadrature
 from optimzoo.lanczos import (
     batch_eigenvalue,
     effective_batch,
@@ -62,6 +63,137 @@ class Quadratic:
 
 def learner(problem, **options):
     return LanczosLR(problem.optimizer, **{**RAW, **options})
+
+
+# The specification, literally
+
+
+def start_of(size: int, seed: int):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+
+
+def random_matrix(seed: int, size: int = 9) -> torch.Tensor:
+    e = normal(seed, size, size)
+    return e + e.T + torch.diag(torch.linspace(0, 6, size).double())
+
+
+@pytest.mark.parametrize("k", [1, 4, 9, 20])
+def test_lanczos_is_the_literal_one(k):
+    matrix, start = random_matrix(3), normal(4, 9)
+    spectrum = lanczos(matrix, k, start=start)
+    theta, bounds, weights = reference.ritz(*reference.lanczos(matrix.numpy(), start.numpy(), k)[:2])
+    close = dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(spectrum.values, torch.from_numpy(theta.copy()), **close)
+    torch.testing.assert_close(spectrum.errors, torch.from_numpy(bounds.copy()), **close)
+    torch.testing.assert_close(spectrum.weights, torch.from_numpy(weights.copy()), **close)
+    runs = quadrature(matrix, k, 3, seed=5)
+    nodes, shares = reference.slq(matrix.numpy(), [start_of(9, 5 + i) for i in range(3)], k)
+    grid = torch.linspace(-10, 20, 50).double()
+    expected = torch.from_numpy(reference.density(grid.numpy(), nodes, shares, 0.7))
+    torch.testing.assert_close(runs.density(grid, 0.7), expected, **close)
+    assert runs.trace() == pytest.approx(reference.slq_trace(nodes, shares, 9), rel=1e-12)
+    assert runs.trace(torch.square) == pytest.approx(9 * reference.slq_moment(nodes, shares, 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["mse", "logistic"])
+def test_operators_of_a_network_are_the_literal_ones(loss):
+    d, h, n = 3, 4, 6
+    flat, inputs, targets = normal(1, h * d + h + h + 1), normal(2, n, d), (normal(3, n) > 0).double()
+    expected = reference.mlp_curvature(flat.numpy(), inputs.numpy(), targets.numpy(), h, loss)
+    sizes = [h * d, h, h, 1]
+    params = [piece.clone().requires_grad_() for piece in torch.split(flat, sizes)]
+
+    def closure():
+        w1, b1, w2, b2 = params
+        f = torch.tanh(inputs @ w1.view(h, d).T + b1) @ w2 + b2
+        if loss == "mse":
+            return f, (f - targets).square().mean()
+        return f, F.binary_cross_entropy_with_logits(f, targets)
+
+    for operator, matrix in [(Hessian(lambda: closure()[1], params), 1), (GGN(closure, params), 2)]:
+        got = torch.stack([operator @ row for row in torch.eye(len(flat)).double()])
+        torch.testing.assert_close(got, torch.from_numpy(expected[matrix]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(operator.gradient, torch.from_numpy(expected[0]), rtol=1e-12, atol=1e-12)
+
+
+METHODS = {
+    "heavy_ball": dict(momentum=0.0),
+    "nesterov": dict(momentum=0.5, nesterov=True),
+    "fixed": dict(momentum=0.7),
+    "none": dict(momentum=0.0),
+    "adam": {},
+}
+
+
+@pytest.mark.parametrize("mu", ["abs_min", "smallest_positive", "quantile", 0.3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_learner_follows_the_specification(method, mu, guarded):
+    matrices = [random_matrix(s) * scale for s, scale in enumerate((1.0, 3.0, 0.5, 0.4, -1e-9, 0.2, 2.0))]
+    matrices[4] = -torch.eye(9, dtype=torch.float64)  # no answer
+    x = normal(50, 9).requires_grad_()
+    adam = method == "adam"
+    optimizer = (torch.optim.Adam if adam else torch.optim.SGD)([x], lr=1.0, **METHODS[method])
+    moment = normal(51, 9).square()
+    if adam:
+        optimizer.state[x] = {"step": torch.tensor(3.0), "exp_avg_sq": moment, "exp_avg": torch.zeros_like(moment)}
+    raw = {} if guarded else dict(safety=1.0, growth=math.inf, max_momentum=1 - 1e-15)
+    literal = {} if guarded else dict(safety=1.0, growth=math.inf, rho_max=1.0)
+    scheduler = LanczosLR(
+        optimizer,
+        every=1,
+        iterations=6,
+        starts=2,
+        tol=0.0,
+        ema=0.5,
+        mu=mu,
+        seed=7,
+        momentum="fixed" if method in ("fixed", "none") else None,
+        first_lr=0.01,
+        **raw,
+    )
+    got = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the matrix without an answer
+        for matrix in matrices:
+            scheduler.step(lambda matrix=matrix: x @ matrix @ x / 2 + 1000)
+            group = optimizer.param_groups[0]
+            got.append((group["lr"], group["betas"][0] if adam else group["momentum"]))
+    seen = [
+        reference.preconditioned(m.numpy(), moment.numpy(), 3, 0.999, 1e-8) if adam else m.numpy() for m in matrices
+    ]
+    expected = reference.learner_sequence(
+        seen,
+        [[start_of(9, 7 + 2 * look + i) for i in range(2)] for look in range(len(matrices))],
+        k=6,
+        mu=mu,
+        method=method,
+        momentum=0.9 if adam else METHODS[method]["momentum"],
+        **literal,
+    )
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12, abs=1e-12)
+    assert scheduler.skipped == 1
+
+
+def test_laws_and_shifts_are_the_literal_ones():
+    for b in (3.0, 40.0, 4000.0):
+        assert batch_eigenvalue(2.0, 90.0, b) == pytest.approx(reference.additive_outlier(2.0, 90.0, b), rel=1e-12)
+        assert spiked_eigenvalue(3.0, b / 9) == pytest.approx(reference.multiplicative_top(3.0, b / 9), rel=1e-12)
+    assert fit_noise((10, 9.0), (40, 4.0)) == pytest.approx(reference.fit_noise(10, 9.0, 40, 4.0), rel=1e-12)
+    for law, kind in [(None, "sgd"), (None, "adaptive"), ("saturating", "sgd"), ("saturating", "adaptive")]:
+        known = dict(kind=kind, reference_batch=32, reference_lr=0.1, law=law)
+        got = max_learning_rate(500, **known, eigenvalue=2.0, noise=90.0, dataset_size=1000)
+        assert got == pytest.approx(reference.max_learning_rate(500, **known, lam=2.0, c=90.0, N=1000), rel=1e-12)
+    whole = dict(kind="sgd", reference_batch=32, reference_lr=0.1, law="saturating")
+    assert max_learning_rate(1000, **whole, eigenvalue=2.0, noise=90.0, dataset_size=1000) == pytest.approx(
+        reference.max_learning_rate(1000, **whole, lam=2.0, c=90.0, N=1000), rel=1e-12
+    )
+    batches = [random_matrix(s) for s in range(4)]
+    v = torch.from_numpy(start_of(9, 3))
+    products = torch.stack([m @ (v / v.norm()) for m in batches])
+    literal = reference.noise_from_products(products.numpy(), products.mean(0).numpy(), micro=16)
+    assert noise(batches, 16, seed=3) == pytest.approx(4 / 3 * literal, rel=1e-12)  # the mean is of these four
 
 
 # The formulas
@@ -122,15 +254,13 @@ def test_nesterov_has_its_own_pair():
     assert problem.group["momentum"] == pytest.approx(1 / 3, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("mu", "expected"), [("abs_min", 2.0), ("smallest_positive", 1.0), ("quantile", 1.0), (0.25, 0.25), (100, 9.0)]
-)
+@pytest.mark.parametrize(("mu", "expected"), [("abs_min", 2.0), ("smallest_positive", 1.0), (0.25, 0.25), (100, 9.0)])
 def test_rules_for_the_smallest_curvature(mu, expected):
     problem = Quadratic([9.0, 4.0, 1.0, -2.0])
     learner(problem, mu=mu).step(problem.loss)
     lr, momentum = heavy_ball(9.0, expected)
-    assert problem.group["lr"] == pytest.approx(lr, rel=1e-6)
-    assert problem.group["momentum"] == pytest.approx(momentum, rel=1e-6)
+    assert problem.group["lr"] == pytest.approx(lr, rel=1e-4)
+    assert problem.group["momentum"] == pytest.approx(momentum, rel=1e-4)
 
 
 def test_the_line_rule_is_the_newton_step_along_the_gradient():
@@ -537,8 +667,9 @@ def test_random_matrices_follow_the_laws(eigenvalue):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: max_learning_rate(0, reference_batch=1, reference_lr=1), "batch_size must be > 0"),
-        (lambda: max_learning_rate(8, reference_batch=8, reference_lr=1, dataset_size=8), "batch_size must be"),
+        (lambda: max_learning_rate(0, reference_batch=1, reference_lr=1), "batch_size must be finite, > 0"),
+        (lambda: max_learning_rate(9, reference_batch=8, reference_lr=1, dataset_size=8), "batch_size must be"),
+        (lambda: max_learning_rate(8, reference_batch=4, reference_lr=1, dataset_size=8), "law must be 'saturating'"),
         (lambda: max_learning_rate(8, reference_batch=-1, reference_lr=1), "reference_batch must be"),
         (lambda: max_learning_rate(8, reference_batch=1, reference_lr=0), "reference_lr must be"),
         (lambda: max_learning_rate(8, kind="newton", reference_batch=1, reference_lr=1), "kind must be"),
