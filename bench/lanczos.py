@@ -26,7 +26,7 @@ from bench.store import Store, identity
 from bench.tasks import TASKS, Batch
 from optimzoo import LanczosLR
 from optimzoo.curvature import Hessian, Spectrum, lanczos, noise, quadrature
-from optimzoo.lanczos import batch_eigenvalue, fit_noise
+from optimzoo.stability import batch_eigenvalue, fit_noise
 
 TRIED = half_decades(0.03, 5)
 LEARNERS: dict[str, dict[str, Any]] = {"learnt momentum": {}, "momentum 0.9": {"momentum": "fixed"}}
@@ -184,8 +184,9 @@ def laws(model: nn.Module, data: Batch, seed: int = 0) -> str:
     ]
     rows.append(["all", f"{top:.1f}", f"{fitted[0]:.1f}", f"{top:.1f}"])
     return table(["batch", "largest eigenvalue", "law, fitted at 16 and 128", "law, noise of products"], rows) + (
-        f"\n\nThe network of digits-mlp after training, {len(labels)} samples; batches drawn with replacement, mean ± s.d."
-        f" of 8. P s^2 is {fitted[1]:.3g} by the fit, {variance:.3g} by products of 16 batches of 64 with random vectors."
+        f"\n\nThe network of digits-mlp after training, {len(labels)} samples; batches drawn with replacement, mean ±"
+        f" s.d. of 8. P s^2 is {fitted[1]:.3g} by the fit and {variance:.3g} by products of 16 batches of 64 with"
+        " random vectors."
     )
 
 

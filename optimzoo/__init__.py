@@ -6,7 +6,8 @@ from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
-from optimzoo.lanczos import LanczosLR, max_learning_rate
+from optimzoo.lanczos import LanczosLR
+from optimzoo.stability import max_learning_rate
 
 __all__ = [
     "CBO",

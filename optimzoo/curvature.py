@@ -382,7 +382,7 @@ def quadrature(
 
 
 def noise(operators: Sequence[Operator], samples: int, *, starts: int = 1, seed: int = 0) -> float:
-    r"""The variance of curvature between batches, :math:`P s^2`, for :func:`optimzoo.lanczos.batch_eigenvalue`.
+    r"""The variance of curvature between batches, :math:`P s^2`, for :func:`optimzoo.stability.batch_eigenvalue`.
 
     Args:
         operators: of two or more batches that were drawn independently.

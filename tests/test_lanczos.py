@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import optimzoo
 from optimzoo import LanczosLR, max_learning_rate
 from optimzoo.curvature import GGN, Hessian, lanczos, noise, quadrature
-from optimzoo.lanczos import (
+from optimzoo.stability import (
     batch_eigenvalue,
     effective_batch,
     fit_noise,
