@@ -34,25 +34,44 @@ _QUANTILE = 0.1  # of the density, for mu="quantile"
 # What an Adam divides by the root of, by order of preference.
 _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "max_exp_avg_var", "exp_avg_var")
 # What is saved beside the rates and momenta of the groups.
-_SAVED = ("last_epoch", "due", "looks", "skipped", "seed", "largest", "learnt", "multipliers", "written", "base_lrs")
+_SAVED = (
+    "last_epoch",
+    "due",
+    "looks",
+    "skipped",
+    "settled",
+    "seed",
+    "largest",
+    "learnt",
+    "multipliers",
+    "written",
+    "base_lrs",
+)
 
 
 class LanczosLR(LRScheduler):
-    r"""Sets learning rate and momentum from extremal eigenvalues of the batch Hessian, every ``every`` steps.
+    r"""Sets the learning rate, and on request the momentum, from extremal eigenvalues of the batch Hessian.
+
+    With :math:`L` the largest Ritz value plus its error bound and :math:`\rho` the group's momentum, the rate is
+
+    .. math::
+        \gamma = s\,\frac{2 (1 + \rho)}{L}
+
+    and without momentum :math:`2 s / (L + \mu)`; the factor at 1 is the edge of stability. A learnt momentum is that
+    of heavy ball:
 
     .. math::
         \sqrt\rho = \min\Big(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}, \sqrt{\rho_{\max}}\Big), \qquad
         \gamma = s\,\frac{(1 + \sqrt\rho)^2}{L}
 
-    with :math:`L` the largest Ritz value plus its error bound. For fixed momentum :math:`\gamma = 2 s (1 + \rho) / L`;
-    without momentum :math:`\gamma = 2 s / (L + \mu)`. With dampening the rate is divided by one minus it.
+    With dampening the rate is divided by one minus it; for ``betas``, by one minus the first.
 
     Args:
         optimizer: SGD, with or without momentum, or a method with ``betas`` and ``exp_avg_sq``, as Adam. For the second
             kind the curvature is that of :math:`D^{-1/2} H D^{-1/2}`, :math:`D = \sqrt{\hat v} + \epsilon`. **The
             group's own** ``lr`` **multiplies the learnt one**: give the optimizer ``lr=1``.
-        every: steps from one look at the curvature to the next. While a rate moves by ``growth`` or more, the next look
-            comes after a twentieth of it. Default 400.
+        every: steps from one look at the curvature to the next. While rates first grow by ``growth``, and after one
+            has fallen by as much, the next look comes after a twentieth of it. Default 400.
         iterations: Hessian-vector products in a look, at most. Default 10.
         starts: Lanczos runs in a look, each with ``iterations`` products. Default 1.
         curvature: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix; the closure then returns
@@ -62,8 +81,8 @@ class LanczosLR(LRScheduler):
         mu: the smallest curvature that matters: ``"abs_min"``, the magnitude of the lowest Ritz value,
             ``"smallest_positive"``, ``"quantile"``, the value that a tenth of the density lies below (0 if that is
             negative), or a number >= 0. Default ``"abs_min"``.
-        momentum: ``"learn"`` or ``"fixed"``. By default it is learnt for SGD and Adam's betas are left alone; with
-            ``"learn"`` the first of them is.
+        momentum: ``"fixed"``, or ``"learn"`` to set it, or the first of ``betas``, with the rate. Default ``"fixed"``:
+            where a network's lowest eigenvalue flickers, the learnt momentum does.
         damping: added to every eigenvalue, >= 0; so is coupled weight decay. Default 0.
         safety: :math:`s`, in (0, 1]. Default 0.5.
         ema: weight of the past while :math:`\log L` falls, in [0, 1); it follows a rise at once. Default 0.9.
@@ -97,7 +116,7 @@ class LanczosLR(LRScheduler):
         curvature: str = "hessian",
         rule: str = "spectrum",
         mu: str | float = "abs_min",
-        momentum: str | None = None,
+        momentum: str = "fixed",
         damping: float = 0.0,
         safety: float = 0.5,
         ema: float = 0.9,
@@ -118,7 +137,7 @@ class LanczosLR(LRScheduler):
         for name, value, known in (
             ("curvature", curvature, ("hessian", "ggn")),
             ("rule", rule, ("spectrum", "line")),
-            ("momentum", momentum, (None, "learn", "fixed")),
+            ("momentum", momentum, ("learn", "fixed")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
@@ -151,6 +170,7 @@ class LanczosLR(LRScheduler):
         self.per_group, self.seed, self.module, self.process_group = per_group, seed, module, process_group
         self.last_spectrum: list[Spectrum] = []  # of the last look: one, or one for each group
         self.due, self.looks, self.skipped = 0, 0, 0  # skipped: looks that gave no answer
+        self.settled = False  # whether the rate has grown to where the curvature wants it
         groups = optimizer.param_groups
         self.largest: list[float | None] = [None] * len(groups)  # L, smoothed; without per_group the first is for all
         first = [first_lr or (0.001 if "betas" in group else 0.01) for group in groups]
@@ -174,8 +194,12 @@ class LanczosLR(LRScheduler):
         if closure is not None and self.last_epoch >= self.due and self._ready():
             before = self.learnt
             self._look(closure)
-            moved = any(max(a / b, b / a) >= self.growth for a, b in zip(before, self.learnt, strict=True) if a and b)
-            self.due = self.last_epoch + (max(1, self.every // 20) if moved else self.every)
+            pairs = list(zip(before, self.learnt, strict=True))
+            rises, falls = (any(b >= self.growth * a for a, b in side) for side in (pairs, [(b, a) for a, b in pairs]))
+            # Later rises wait: where the training loss vanishes so does the curvature, and there is no hurry to follow.
+            self.settled = self.settled or not rises
+            soon = falls or not self.settled
+            self.due = self.last_epoch + (max(1, self.every // 20) if soon else self.every)
         self.last_epoch += 1
         self._write()
 
@@ -293,7 +317,7 @@ class LanczosLR(LRScheduler):
         if self.rule == "line":
             self.learnt[index] = min(max(1 / largest, self.min_lr), self.max_lr)
             return
-        if self.momentum == "learn" or (self.momentum is None and not adaptive):
+        if self.momentum == "learn":
             lr, momentum = heavy_ball(largest, smallest, nesterov=nesterov, max_momentum=self.max_momentum)
         elif momentum == 0:
             lr = 2 / (largest + smallest)

@@ -28,7 +28,7 @@ from optimzoo.stability import (
 )
 
 # The formula alone, on all products.
-RAW = dict(safety=1.0, growth=math.inf, max_momentum=0.99999, ema=0.0, tol=0.0, iterations=40)
+RAW = dict(safety=1.0, growth=math.inf, max_momentum=0.99999, ema=0.0, tol=0.0, iterations=40, momentum="learn")
 
 
 def spectrum(kappa: float, size: int = 30) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_the_learner_follows_the_specification(method, mu, guarded):
         ema=0.5,
         mu=mu,
         seed=7,
-        momentum="fixed" if method in ("fixed", "none") else None,
+        momentum="learn" if method in ("heavy_ball", "nesterov") else "fixed",
         first_lr=0.01,
         **raw,
     )
@@ -310,7 +310,7 @@ def test_the_gauss_newton_matrix_has_no_negative_curvature():
 )
 def test_adams_rate_is_from_the_preconditioned_curvature(make, options, name):
     problem = Quadratic([3.0, 1.0, 0.2], make, **options)
-    scheduler = learner(problem, safety=0.5)
+    scheduler = learner(problem, safety=0.5, momentum="fixed")
     scheduler.step(problem.loss)  # too early: there is no second moment
     assert (scheduler.looks, scheduler.skipped, problem.group["lr"]) == (0, 0, 0.001)
     problem.advance()
