@@ -191,8 +191,8 @@ def laws(model: nn.Module, data: Batch, count: int, seed: int = 0) -> str:
     rows.append(["all", f"{top:.1f}", f"{fitted[0]:.1f}", f"{top:.1f}"])
     return table(["batch", "largest eigenvalue", "law, fitted at 16 and 128", "law, noise of products"], rows) + (
         f"\n\nThe network of digits-mlp after training, {len(labels)} samples; batches drawn with replacement, mean ±"
-        f" s.d. of {count}. P s^2 is {fitted[1]:.3g} by the fit and {variance:.3g} by products of {2 * count} batches of"
-        " 64 with random vectors."
+        f" s.d. of {count}. P s^2 is {fitted[1]:.3g} by the fit and {variance:.3g} by products of {2 * count} batches"
+        " of 64 with random vectors."
     )
 
 

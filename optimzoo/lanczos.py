@@ -61,7 +61,7 @@ class LanczosLR(LRScheduler):
     of heavy ball:
 
     .. math::
-        \sqrt\rho = \min\Big(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}, \sqrt{\rho_{\max}}\Big), \qquad
+        \sqrt\rho = \min\left(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}, \sqrt{\rho_{\max}}\right), \qquad
         \gamma = s\,\frac{(1 + \sqrt\rho)^2}{L}
 
     With dampening the rate is divided by one minus it; for ``betas``, by one minus the first.

@@ -106,7 +106,7 @@ def heavy_ball(
 
     .. math::
         \sqrt\rho = \frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}, \qquad
-        \gamma = \frac{(1 + \sqrt\rho)^2}{L} = \Big(\frac{2}{\sqrt L + \sqrt\mu}\Big)^2
+        \gamma = \frac{(1 + \sqrt\rho)^2}{L} = \left(\frac{2}{\sqrt L + \sqrt\mu}\right)^2
 
     in the convention of ``torch.optim.SGD``, and :math:`\rho = \frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu},
     \gamma = 1 / L` for ``nesterov``. Where ``max_momentum`` cuts the momentum, the rate is that for the momentum cut.

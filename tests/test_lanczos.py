@@ -356,6 +356,21 @@ def test_guards_hold_the_rate_back():
     assert scheduler.learnt == [0.012]
 
 
+def test_a_rate_that_has_settled_is_cut_at_once_and_not_hurried_upward():
+    problem, looks = Quadratic([4.0, 1.0], momentum=0.9), []
+    scheduler = LanczosLR(problem.optimizer, every=40, first_lr=0.4, ema=0.0)
+    for step in range(160):
+        # In units of the curvature: settled from the first look on, gone at 40, tenfold at 120.
+        scale = 1.0 if step < 40 else 1e-3 if step < 120 else 10.0
+        count = scheduler.looks
+        scheduler.step(lambda scale=scale: scale * problem.loss())
+        if scheduler.looks > count:
+            looks.append((step, problem.group["lr"]))
+    edge = 0.5 * 2 * 1.9 / 4
+    assert [step for step, _ in looks] == [0, 40, 80, 120, 122]
+    assert [lr for _, lr in looks] == pytest.approx([edge, 1.5 * edge, 2.25 * edge, edge / 10, edge / 10], rel=1e-6)
+
+
 def test_a_rise_is_followed_at_once_and_a_fall_slowly():
     problem = Quadratic([4.0, 1.0])
     scheduler = learner(problem, every=1, ema=0.75)
