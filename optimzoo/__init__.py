@@ -8,7 +8,9 @@ from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
+from optimzoo.lanczos import LanczosLR
 from optimzoo.sso import SSO, TargetSurrogate
+from optimzoo.stability import max_learning_rate
 from optimzoo.tpsgd import TPSGD
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "DaleSGD",
     "DiffGrad",
     "GeometricBrownian",
+    "LanczosLR",
     "SamplesLR",
     "TargetSurrogate",
     "dale_columns_",
     "dale_groups",
     "lognormal_",
+    "max_learning_rate",
 ]
 __version__ = "0.1.0"

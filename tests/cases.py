@@ -116,6 +116,8 @@ ELSEWHERE: dict[str, str] = {
     "TPSGD": "test_tpsgd.py: its gradients come from the model's forward pass",
     "SSO": "test_sso.py: its step takes a closure that returns outputs and loss",
     "TargetSurrogate": "test_sso.py",
+    "LanczosLR": "test_lanczos.py: a scheduler",
+    "max_learning_rate": "test_lanczos.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
     "dale_columns_": "test_dale.py",
     "dale_groups": "test_dale.py",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import dale, gap, kernels, memory, rounding
+from bench import dale, gap, kernels, lanczos, memory, rounding
 
 
 def tables(out: str) -> list[list[str]]:
@@ -124,3 +124,34 @@ def test_gap_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert gap.main(["--quick"]) == 0
     rows = tables(capsys.readouterr().out)
     assert sum(row[0] == "AdaBelief" for row in rows) == 2  # a table of instructions and one of times
+
+
+def test_lanczos_runs_on_a_task_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--quick", "--tasks", "digits-mlp", "--out", str(tmp_path / "runs"), "--plots", str(tmp_path)]
+    assert lanczos.main(options) == 0
+    first = capsys.readouterr().out
+    rows = tables(first)
+    assert [row[0] for row in rows] == [
+        "task",
+        "digits-mlp",
+        "task",
+        "digits-mlp",
+        "batch",
+        *map(str, (8, 16, 32, 64, 128, 256, 512)),
+        "all",
+    ]
+    steps, looks = map(float, rows[3][1:3])
+    assert (steps, looks) == (18, 1)
+    for name in ("density", "rate"):
+        assert (tmp_path / f"lanczos-{name}.png").stat().st_size > 10_000
+    assert lanczos.main(options) == 0  # from what is kept
+    assert capsys.readouterr().out == first
+
+
+def test_a_constant_rate_trains_as_the_sweep_does(tmp_path: Path) -> None:
+    mine = lanczos.Run("digits-mlp", 3, "train", 0.05, 0.03)
+    losses = [mine.advance() for _ in range(20)]
+    settings = lanczos.Settings("digits-mlp", 1, "sgd", "torch", {"lr": 0.03, "momentum": 0.9}, 3, "train", 1e9)
+    theirs = lanczos.Training(settings)  # so early in its budget that the cosine is 1
+    assert losses == [theirs.advance() for _ in range(20)]
