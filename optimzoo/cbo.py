@@ -173,15 +173,16 @@ class CBO(Optimizer):
         noise_clip: distances enter the noise truncated to this. Default ``None``.
         memory: ``"fixed"``: the consensus is that of the personal bests :math:`y_i`, and particles are drawn to theirs;
             ``"reevaluated"``: personal bests are evaluated in every step, as a loss of mini-batches needs, at twice the
-            cost; ``"smooth"``: so they are, and move by
-            :math:`\kappa\gamma\, (x_i - y_i)\, (1 + \tanh(\beta(f(y_i) - f(x_i))))/2`. Default ``None``.
+            cost; ``"smooth"``: so they are, then move by
+            :math:`\kappa\gamma\, (x_i - y_i)\, (1 + \tanh(\beta(f(y_i) - f(x_i))))/2`, and are evaluated where they
+            are now, at three times the cost. Default ``None``.
         lamda_memory, sigma_memory: drift and noise towards :math:`y_i`. Default 0.4 and ``lamda_memory * sigma``.
         memory_order: ``"sequential"``: the move towards :math:`y_i` starts where the other ended; ``"euler"``: both
             start from the same place.
         memory_kappa, memory_beta: :math:`\kappa` and :math:`\beta` of smooth memory, per unit of time and in units of
             1 / loss. Default 10, which moves all of the way at the default ``lr``, and 30.
         grad_drift: then move by ``-grad_drift * lr`` times the gradient at the particle, which costs a forward and a
-            backward pass each. ``p.grad`` is not touched. Default 0.
+            backward pass each; not where that is not finite. ``p.grad`` is not touched. Default 0.
         kernel: polarised consensus: each particle has its own, with weights that fall with the distance :math:`r`:
             ``"gaussian"`` (:math:`r^2 / 2\kappa^2`), ``"laplace"`` (:math:`r / \kappa`), ``"inverse_quadratic"``
             (:math:`\log(1 + r^2 / \kappa^2)`), ``"bounded"`` (:math:`r \le \kappa`). The parameters then hold that of
@@ -702,12 +703,13 @@ class CBO(Optimizer):
         if swarm["step"] == 0:
             return x.clone(), seen
         points, energies = swarm["memory"], swarm["memory_energies"]
+        if options["memory"] != "fixed":  # losses of this step's data are compared with each other alone
+            energies = _at(index, self._energies(evaluation, points, index), energies)
         if options["memory"] == "smooth":
             rate = self._columns([options["memory_kappa"] * lr for lr in rates.lr])
+            # Those whose turn it is not have an infinite loss here, and stay.
             points = smoothed(points, x, energies, seen, rate, options["memory_beta"])
             return points, _at(index, self._energies(evaluation, points, index), energies)
-        if options["memory"] == "reevaluated":
-            energies = _at(index, self._energies(evaluation, points, index), energies)
         return torch.where((seen < energies)[..., None], x, points), torch.minimum(seen, energies)
 
     def _noise(self, purpose: int) -> Tensor:
@@ -751,7 +753,8 @@ class CBO(Optimizer):
             new = moved(new, changes["memory"], z, drift, self._columns(own), seen_from=seen_from, **noise)
         if options["grad_drift"]:
             size = self._columns([options["grad_drift"] * lr for lr in rates.lr])
-            new = new - size * evaluation.gradients(new, moves)
+            step = size * evaluation.gradients(new, moves)
+            new = new - step.where(step.isfinite().all(-1, keepdim=True), 0.0)
         return new if moves is None else torch.where(moves[..., None], new, x)
 
     def _native_move(

@@ -610,6 +610,49 @@ def test_a_constant_in_the_loss_changes_nothing(power, variant):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("memory", ["reevaluated", "smooth"])
+@pytest.mark.parametrize("particle_batch", [None, 4])
+def test_a_constant_of_one_batch_of_data_changes_nothing(memory, particle_batch):
+    def trained(offset):
+        optimizer = make(memory=memory, particle_batch=particle_batch)
+        for t in range(6):
+            optimizer.step(
+                lambda stacked, t=t: (batched(stacked) * 2**20).round() / 2**20 + offset * (t % 2), batched=True
+            )
+        return optimizer._swarm["particles"]
+
+    torch.testing.assert_close(trained(64.0), trained(0.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("evaluation", ["live", "batched"])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad, evaluation):
+    params, calls = parameters(), []
+
+    def spoilt(points):
+        """A loss whose gradient is not finite at the fifth particle, when gradients are asked for in the first step."""
+        if not torch.is_grad_enabled():
+            return objective(points)
+        calls.append(0)
+        factor = torch.ones(points.shape[:-1], dtype=points.dtype)
+        if points.dim() == 1 and len(calls) == 5:
+            factor += bad
+        if points.dim() == 3 and len(calls) == 1:
+            factor[0, 4] = bad
+        return objective(points) * factor
+
+    optimizer, plain = make(params, grad_drift=0.01), make()
+    run(plain, 1)
+    for t in range(3):
+        if evaluation == "live":
+            optimizer.step(lambda: spoilt(torch.cat([p.flatten() for p in params])))
+        else:
+            optimizer.step(lambda stacked: spoilt(torch.cat([x.flatten(2) for x in stacked], -1)), batched=True)
+        assert optimizer._swarm["particles"].isfinite().all()
+        if t == 0:
+            torch.testing.assert_close(optimizer._swarm["particles"][0, 4], plain._swarm["particles"][0, 4])
+
+
 @given(shift=st.floats(-8, 8), variant=st.sampled_from(["defaults", "isotropic", "memory", "polarised", "gradient"]))
 @settings(max_examples=15)
 def test_everything_may_be_somewhere_else(shift, variant):

@@ -187,6 +187,8 @@ def step(
             y, fy = x.copy(), seen.copy()
         elif memory == "smooth":
             for i in batch:
+                fy[i] = evaluate(y[i])
+                compare(y[i], fy[i])
                 share = (1 + math.tanh(memory_beta * (fy[i] - seen[i]))) / 2
                 y[i] = y[i] + memory_kappa * lr * (x[i] - y[i]) * share
         if memory in ("reevaluated", "smooth") and state["step"] > 0:
