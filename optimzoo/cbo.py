@@ -89,6 +89,9 @@ _GLOBAL = ("seed", "alpha", "init_std", "betas", "correction_eps", "noise_clip",
            "memory_kappa", "memory_beta", "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max",
            "sigma_decay", "ess", "kick_below", "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
 
+# What torch and its schedulers keep in a group.
+_OF_TORCH = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
 # The state: of which shape each of its tensors is. Those of coordinates have the dtype of the particles.
 _SHAPES = dict(
     particles=("runs", "particles", "coordinates"),
@@ -189,7 +192,8 @@ class CBO(Optimizer):
             the best particle. Costs :math:`N^2 d`. Default ``None``.
         kappa: the reach of the kernel, in units of the parameters. Default 1.
         kernel_alpha: multiply the kernel's exponent by ``alpha``. Default ``True``.
-        alpha_growth, alpha_max: ``alpha`` is multiplied by the first after each step, up to the second. Default 1, 1e5.
+        alpha_growth, alpha_max: ``alpha`` is multiplied by the first after each step, up to the second; an
+            ``alpha`` that is above already stays. Default 1, 1e5.
         sigma_decay, sigma_decay_every: ``sigma`` is multiplied by the first after every so many steps. Default 1, 1.
         ess: choose ``alpha`` in each step so that the effective sample size is this share of the particles.
         kick_below: where no coordinate of the consensus has moved by this, add normal numbers times
@@ -283,11 +287,18 @@ class CBO(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with ``lr``, ``lamda`` and ``sigma`` of their own if they have them.
 
-        Their particles start around them, whatever the others have come to.
+        Their particles start around them, whatever the others have come to. Of ``lr``, ``lamda`` and ``sigma`` they
+        have what the constructor got, where the group does not say; all else is as it now is in the first group.
 
         Raises:
             TypeError, ValueError: as the constructor does; the optimizer then has the groups it had.
         """
+        if isinstance(param_group, dict):  # torch has an error for what is not
+            unknown = param_group.keys() - {*self.defaults, *_OF_TORCH}
+            if unknown:
+                raise TypeError(f"a parameter group has no setting {min(map(repr, unknown))}")
+            now = self.param_groups[0] if self.param_groups else {}
+            param_group = {**{name: now[name] for name in _GLOBAL if name in now}, **param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -421,6 +432,8 @@ class CBO(Optimizer):
         for name in (name for name in _POINTS if name in swarm):
             average, alone = name.startswith("exp_avg"), name in ("consensus", "best")
             new = torch.zeros_like(around) if average else center.repeat(runs, 1) if alone else around
+            if name == "memory":  # its losses were those with the parameters as they are
+                new = center.expand_as(around)
             # The particles of the first group are not copied: there may be memory for them once.
             copied = old > 0 or name != "particles"
             swarm[name] = torch.cat([swarm[name].to(dtype), new], -1) if copied else new
@@ -506,7 +519,7 @@ class CBO(Optimizer):
         epoch = self._swarm["epoch"]
         for group in self.param_groups:
             group["sigma"] *= math.log2(epoch + 1) / math.log2(epoch + 2)
-            group["alpha"] = min(2 * group["alpha"], group["alpha_max"])
+            group["alpha"] = _grown(group["alpha"], 2.0, group["alpha_max"])
 
     @torch.no_grad()
     def reduce(self, mu: float = 0.2) -> int:
@@ -652,7 +665,7 @@ class CBO(Optimizer):
         cooled = self._swarm["step"] % options["sigma_decay_every"] == 0
         for group in self.param_groups:
             group["sigma"] *= decay if cooled else 1.0
-            group["alpha"] = min(group["alpha"] * growth, group["alpha_max"]) if growth != 1 else group["alpha"]
+            group["alpha"] = _grown(group["alpha"], growth, group["alpha_max"])
 
     def _batch(self) -> tuple[Tensor | None, Tensor]:
         """Which of the particles here this step evaluates, ``None`` being all; and whose turn is then still to come."""
@@ -884,6 +897,11 @@ class CBO(Optimizer):
             raise ValueError(
                 f"{owner} has {here} particles, from number {first} on, of {count}; processes: {self._ranks.size}"
             )
+
+
+def _grown(alpha: float, factor: float, limit: float) -> float:
+    """Alpha times a factor; growth ends at the limit, and leaves alone what the user has put above it."""
+    return alpha * factor if factor <= 1 else max(alpha, min(alpha * factor, limit))
 
 
 def _check_bounds(bounds: Any) -> None:

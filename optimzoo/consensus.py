@@ -189,17 +189,24 @@ def projected(points: Tensor, bounds: Bounds | None) -> Tensor:
 
 
 def effective_alpha(energies: Tensor, share: float, alpha: Tensor, alpha_max: float) -> Tensor:
-    """The alpha at which the effective sample size is ``share`` of the particles; of equal ones, the alpha it was."""
+    """The alpha at which the effective sample size is ``share`` of the particles; of equal ones, the alpha it was.
+
+    At most ``alpha_max``, which it is where even that leaves more particles.
+    """
     finite = energies < math.inf
-    shifted = energies - energies.amin(-1, keepdim=True)
+    largest = torch.finfo(energies.dtype).max
+    shifted = (energies - energies.amin(-1, keepdim=True)).clamp_max(largest)  # a difference of finite ones may not be
     spread = torch.where(finite, shifted, 0.0).amax(-1)
-    low, high = (torch.log(bound / spread) for bound in (1e-9, 1e9))
-    for _ in range(60):
+    # From where all weigh alike. The upper end does not depend on the spread, which one outlier decides.
+    high = torch.full_like(spread, math.log(alpha_max))
+    low = torch.minimum(math.log(1e-9) - spread.log(), high)
+    for _ in range(80):
         middle = (low + high) / 2
         weight = torch.where(finite, (-middle.exp()[:, None] * shifted).exp(), 0.0)
         large = weight.sum(-1).square() / weight.square().sum(-1) > share * finite.sum(-1)
         low, high = torch.where(large, middle, low), torch.where(large, high, middle)
-    return torch.where(spread > 0, ((low + high) / 2).exp().clamp_max(alpha_max), alpha)
+    chosen = ((low + high) / 2).exp().clamp(torch.finfo(energies.dtype).tiny, alpha_max)
+    return torch.where(spread > 0, chosen, alpha)
 
 
 def next_batch(queue: Tensor, size: int, order: Tensor, leftover: str) -> tuple[Tensor, Tensor]:

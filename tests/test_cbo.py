@@ -802,6 +802,36 @@ def test_a_group_may_join_in_the_middle():
     assert optimizer.particles[1].shape == (1, N, 2, 2)
 
 
+@pytest.mark.parametrize("change", ["growth", "cool", "load", "write"])
+def test_a_group_that_joins_has_the_settings_of_the_others(change):
+    params = parameters()
+    optimizer = make(params[:1], alpha=50.0, alpha_growth=1.05 if change == "growth" else 1.0)
+    optimizer.step(lambda stacked: objective(stacked[0].flatten(2)), batched=True)
+    if change == "cool":
+        optimizer.cool()
+    if change == "load":
+        other = make(params[:1], seed=8, alpha=3.0)
+        other.load_state_dict(optimizer.state_dict())
+        optimizer = other
+    if change == "write":
+        optimizer.param_groups[0]["alpha"] = 70.0
+    optimizer.add_param_group(dict(params=params[1:]))
+    first, last = optimizer.param_groups
+    assert first["alpha"] == last["alpha"] == dict(growth=52.5, cool=100.0, load=50.0, write=70.0)[change]
+    assert first["seed"] == last["seed"] == 3
+    run(optimizer, 1)
+
+
+def test_personal_bests_of_a_group_that_joins_are_where_their_losses_were():
+    params = parameters()
+    optimizer = make(params[:1], memory="fixed")
+    for _ in range(3):
+        optimizer.step(live(params))
+    optimizer.add_param_group(dict(params=params[1:]))
+    at = [x.flatten(2) for x in optimizer._views(optimizer._swarm["memory"])]
+    torch.testing.assert_close(objective(torch.cat(at, -1)), optimizer._swarm["memory_energies"], rtol=1e-14, atol=0)
+
+
 def test_personal_bests_begin_where_the_user_puts_the_particles():
     optimizer = make(memory="fixed", particle_batch=4)
     for x in optimizer.particles:
@@ -858,6 +888,36 @@ def test_cooling_is_that_of_the_reference():
         assert group["sigma"] == pytest.approx(state["sigma"], rel=1e-15)
         assert group["alpha"] == state["alpha"]
     assert group["alpha"] == 1e5
+
+
+def test_growth_never_lowers_an_alpha_that_is_above_its_limit():
+    for change in (optimzoo.CBO.cool, lambda optimizer: run(optimizer, 1)):
+        optimizer = make(alpha=1e6, alpha_growth=1.05)
+        change(optimizer)
+        assert optimizer.param_groups[0]["alpha"] == 1e6
+
+
+@pytest.mark.parametrize("outlier", [10.0, 1e6, 1e12, 1e30, 1e308])
+def test_one_outlier_does_not_decide_the_effective_sample_size(outlier):
+    energies = torch.tensor([[*np.linspace(0, 1, 19), outlier]])
+    alpha = consensus.effective_alpha(energies, 0.5, torch.ones(1, dtype=torch.float64), 1e5)
+    weight = consensus.weights(energies, alpha)
+    assert float(alpha) == pytest.approx(3.42, abs=0.01)
+    assert float(weight.sum() ** 2 / weight.square().sum()) == pytest.approx(10, rel=1e-9)
+
+
+def test_a_spread_that_overflows_leaves_weights():
+    energies = torch.tensor([[1e308, -1e308, 0.0, 1.0], [1.7e308, 1.7e308, -1.7e308, math.inf]], dtype=torch.float64)
+    for share in (0.2, 0.5, 0.9):
+        alpha = consensus.effective_alpha(energies, share, torch.ones(2, dtype=torch.float64), 1e5)
+        assert (alpha > 0).all()
+        torch.testing.assert_close(consensus.weights(energies, alpha).sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+def test_of_ties_more_than_wanted_remain_at_the_largest_alpha():
+    energies = torch.tensor([[0.0, 0.0, 0.0, 1e-3], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    alpha = consensus.effective_alpha(energies, 0.5, torch.full((2,), 7.0, dtype=torch.float64), 1e5)
+    torch.testing.assert_close(alpha, torch.tensor([1e5, 7.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("settings", [{}, dict(memory="fixed"), dict(rule="adam", lamda=0.1)], ids=str)
@@ -999,6 +1059,8 @@ def test_a_group_that_does_not_fit_is_not_added():
         optimizer.add_param_group(dict(params=parameters()[1:], noise="isotropic"))
     with pytest.raises(ValueError, match="sigma must be finite"):
         optimizer.add_param_group(dict(params=parameters()[1:], sigma=-1.0))
+    with pytest.raises(TypeError, match="a parameter group has no setting 'sgima'"):
+        optimizer.add_param_group(dict(params=parameters()[1:], sgima=1.0))
     assert snapshot(optimizer) == before
     assert len(optimizer.param_groups) == 1
 
