@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ _GLOBAL = ("seed", "alpha", "init_std", "betas", "correction_eps", "noise_clip",
            "memory_kappa", "memory_beta", "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max",
            "sigma_decay", "ess", "kick_below", "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
 
+_RARELY_WRITTEN = tuple(name for name in _GLOBAL if name != "alpha")
+
 # What torch and its schedulers keep in a group.
 _OF_TORCH = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 
@@ -163,7 +166,7 @@ class CBO(Optimizer):
         leftover: particles left over at the end of a pass: ``"drop"``, or ``"carry"`` to the front of the next pass.
         init_std: particle 0 starts at the parameters, the others at a normal distance of this deviation. Write to
             ``particles`` for another start. Default 1.
-        seed: an integer; by default one is drawn from torch's generator.
+        seed: an integer; by default one is drawn from torch's generator, under ``process_group`` from that of rank 0.
         rule: ``"drift"``; ``"hopping"``, :math:`x_i \leftarrow c + \sigma \xi_i` (consensus hopping, no ``lr``);
             ``"adam"``, with Adam's direction along :math:`x_i - c`, scaled by ``lamda`` and not by ``lr``, in place
             of the drift.
@@ -204,8 +207,8 @@ class CBO(Optimizer):
         evaluate_consensus: evaluate the loss of the consensus in each step. Default ``False``.
         module: the network, if it has buffers that a forward pass changes (BatchNorm's running statistics): each
             evaluation then starts from the same, and what stays is the change by one evaluation of the consensus.
-        process_group: particles are sharded over its ranks, each of which evaluates its own on the same data; give all
-            the same ``seed``. The results do not depend on the number of ranks, up to rounding.
+        process_group: particles are sharded over its ranks, each of which evaluates its own on the same data. The
+            results do not depend on the number of ranks, up to rounding. It can be neither copied nor pickled.
 
     Raises:
         TypeError, ValueError: a setting, parameter or loss is not one that the method can work with.
@@ -267,22 +270,26 @@ class CBO(Optimizer):
         module: torch.nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         arguments = locals()
-        defaults = {name: arguments[name] for name in (*_PER_GROUP, *_GLOBAL)}
         if module is not None and not isinstance(module, torch.nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {module!r}")
         if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
         self.module, self.process_group, self._ranks = module, process_group, Ranks(process_group)
-        super().__init__(params, defaults)
+        seeds = self._ranks.values(seed)
+        if any(other != seeds[0] for other in seeds):
+            raise ValueError(f"seed must be the same on all ranks, got {seeds}")
+        if seed is None:
+            seed = self._ranks.values(int(torch.randint(2**63 - 1, (), device="cpu")))[0]
+        arguments["seed"] = seed
+        super().__init__(params, {name: arguments[name] for name in (*_PER_GROUP, *_GLOBAL)})
         self._complete_groups = True
         self._warn_of_spread()
 
     # Groups
 
     _complete_groups = False  # until the constructor has added all of its groups
+    _checked: Sequence[Any] = ()  # the settings that were found right
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with ``lr``, ``lamda`` and ``sigma`` of their own if they have them.
@@ -339,7 +346,8 @@ class CBO(Optimizer):
             if not param.is_floating_point():
                 raise ValueError(f"params[{index}] must have a real floating-point dtype, got {param.dtype}")
             if type(param) not in (torch.Tensor, torch.nn.Parameter) or param.layout is not torch.strided:
-                raise ValueError(f"params[{index}] must be a plain strided tensor, got {type(param).__name__}")
+                got = f"{type(param).__name__} of layout {param.layout}"
+                raise ValueError(f"params[{index}] must be a plain strided tensor, got {got}")
             if param.device != self._first.device:
                 raise ValueError(f"params[{index}] is on {param.device}, the first one on {self._first.device}")
             if group["grad_drift"] and not param.requires_grad:
@@ -648,6 +656,14 @@ class CBO(Optimizer):
             for name in (*_PER_GROUP, "alpha"):
                 check_number(name, group[name], *_RANGES[name])
         _check_uniform(groups, ("alpha",))
+        # All others only after a change, of which another object is a sign: a comparison would cost more.
+        others = [group[name] for group in groups for name in _RARELY_WRITTEN]
+        if len(others) != len(self._checked) or not all(map(operator.is_, others, self._checked)):
+            for group in groups:
+                self._check_group(group)
+            _check_uniform(groups, _GLOBAL)
+            self._check_against_swarm(groups[0])
+            self._checked = others
         lr = [float(group["lr"]) for group in groups]
         root = [math.sqrt(value) for value in lr]
         drift = [float(group["lamda"]) * value for group, value in zip(groups, lr, strict=True)]
@@ -655,6 +671,16 @@ class CBO(Optimizer):
         if max(drift + diffusion) == math.inf:
             raise ValueError(f"lamda * lr and sigma * sqrt(lr) must be finite, got {drift} and {diffusion}")
         return Rates(lr, root, drift, diffusion)
+
+    def _check_against_swarm(self, options: Group) -> None:
+        """Raise if a setting was written that wants other tensors than the constructor has made."""
+        if not any(self.state.values()):  # no parameter has been added yet
+            return
+        for name, value, tensor in (("memory", options["memory"], "memory"), ("rule", options["rule"], "exp_avg")):
+            if tensor in _needed(options) and tensor not in self._swarm:
+                raise ValueError(f"{name}={value!r} must be chosen in the constructor")
+        if options["n_runs"] != len(self._swarm["alpha"]):
+            raise ValueError(f"n_runs must stay {len(self._swarm['alpha'])}, got {options['n_runs']}")
 
     def _anneal(self) -> None:
         """What the schedules make of sigma and alpha at the end of a step."""
@@ -827,6 +853,11 @@ class CBO(Optimizer):
     # Checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "with a process_group there is no copy and no pickle: save state_dict() on each rank, and load it into "
+                "a new optimizer there"
+            )
         return {**super().__getstate__(), "module": self.module, "process_group": self.process_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -871,9 +902,7 @@ class CBO(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, owner: str, state: dict[str, Any], options: Group) -> None:
-        needs = {*_SHAPES, *_NUMBERS}
-        needs -= set() if options["memory"] else {"memory", "memory_energies"}
-        needs -= set() if options["rule"] == "adam" else {"exp_avg", "exp_avg_sq"}
+        needs = _needed(options)
         if not isinstance(state, dict):
             raise ValueError(f"the state of {owner} must be a dictionary, got {state!r}")
         if not needs <= state.keys():
@@ -897,6 +926,14 @@ class CBO(Optimizer):
             raise ValueError(
                 f"{owner} has {here} particles, from number {first} on, of {count}; processes: {self._ranks.size}"
             )
+
+
+def _needed(options: Group) -> set[str]:
+    """What the state has under these settings."""
+    needs = {*_SHAPES, *_NUMBERS}
+    needs -= set() if options["memory"] else {"memory", "memory_energies"}
+    needs -= set() if options["rule"] == "adam" else {"exp_avg", "exp_avg_sq"}
+    return needs
 
 
 def _grown(alpha: float, factor: float, limit: float) -> float:

@@ -39,6 +39,9 @@ def uninterrupted() -> Iterator[None]:
     """Holds an interrupt from the keyboard back until the end of a block that must be done whole or not at all."""
     held: list[Any] = []
     handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # it ends the process, is ignored, or comes from outside of Python: no exception here
+        yield
+        return
     try:
         signal.signal(signal.SIGINT, lambda *args: held.append(args))
     except ValueError:  # interrupts come to the main thread alone
@@ -48,7 +51,7 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if held and callable(handler):
+        if held:
             handler(*held[-1])
 
 
@@ -161,7 +164,6 @@ class Evaluation:
         self.grads = [] if batched else [_Grad(param) for param in params]
         self.clean = [buffer.clone() for buffer in buffers]
         self.after: dict[int, list[Tensor]] = {}
-        self.watched = not batched
 
     def __enter__(self) -> Evaluation:
         self.stack = contextlib.ExitStack()
@@ -245,22 +247,21 @@ class Evaluation:
     def _one(self, row: Tensor) -> Tensor:
         self._write(row)
         self._restore(self.clean)
-        loss = check_loss(self._call()).detach()
-        if self.watched and any(grad.written for grad in self.grads):
-            raise RuntimeError("the closure called backward(): no gradients are needed; return the loss alone")
-        self.watched = False
-        return loss
+        return check_loss(self._call()).detach()
 
     def _call(self, *args: Any) -> Any:
         self.reseed(self.seed)
         try:
-            return self.closure(*args)
+            loss = self.closure(*args)
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise RuntimeError(
                     "the closure called backward(): no gradients are needed; remove the call and return the loss alone"
                 ) from error
             raise
+        if any(grad.written for grad in self.grads):
+            raise RuntimeError("the closure called backward(): no gradients are needed; return the loss alone")
+        return loss
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -307,6 +307,13 @@ class Ranks:
         torch.distributed.all_reduce(tensor, reductions[op], group=self.group)
         return tensor
 
+    def values(self, value: Any) -> list[Any]:
+        """A value of each process, a Python object."""
+        every = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(every, value, group=self.group)
+        return every
+
     def gathered(self, rows: Tensor, first: int, count: int) -> Tensor:
         """All of ``count`` particles, or their energies, from those that are here, which begin with ``first``."""
         if self.size == 1:

@@ -1030,6 +1030,14 @@ def test_a_wrong_setting_is_named(settings, error, message):
         make(**settings)
 
 
+def test_groups_without_parameters_wait_for_the_first():
+    params = parameters()
+    optimizer = make([dict(params=[])])
+    optimizer.add_param_group(dict(params=params))
+    run(optimizer, 1)
+    assert optimizer.particles[0].shape == (1, N, 3)
+
+
 def test_an_unknown_setting_is_an_error():
     with pytest.raises(TypeError, match="lambda_"):
         make(lambda_=1.0)
@@ -1043,7 +1051,7 @@ def test_an_unknown_setting_is_an_error():
             [torch.zeros(3, dtype=torch.complex64)],
             r"params\[0\] must have a real floating-point dtype, got .*complex64",
         ),
-        ([torch.zeros(3).to_sparse()], r"params\[0\] must be a plain strided tensor"),
+        ([torch.zeros(3).to_sparse()], r"must be a plain strided tensor, got Tensor of layout torch\.sparse_coo"),
         ([torch.zeros(3), torch.zeros(3, device="meta")], r"params\[1\] is on meta, the first one on cpu"),
     ],
 )
@@ -1096,16 +1104,17 @@ def enabled_backward(params):
     return closure
 
 
-def late_backward(params):
-    """Writes to .grad, and fails in another evaluation."""
+def late_backward(params, first=3, fails=True):
+    """Writes to .grad from a call on, and fails there with an error of its own."""
     calls = []
 
     def closure():
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) >= first:
             with torch.enable_grad():
                 live(params)().backward()
-            raise KeyError("mine")
+            if fails:
+                raise KeyError("mine")
         return live(params)()
 
     return closure
@@ -1120,6 +1129,9 @@ CLOSURES: dict[str, tuple[Any, type[Exception], str]] = {
     "backward": (backward, RuntimeError, r"the closure called backward\(\).*remove the call"),
     "backward with gradients enabled": (enabled_backward, RuntimeError, r"the closure called backward\(\)"),
     "backward, then an error": (late_backward, KeyError, "mine"),
+    "backward from the second call on": (lambda p: late_backward(p, 2, False), RuntimeError, r"called backward\(\)"),
+    "backward at the consensus": (lambda p: late_backward(p, N + 1, False), RuntimeError, r"called backward\(\)"),
+    "backward in a gradient": (lambda p: late_backward(p, N + 4, False), RuntimeError, r"called backward\(\)"),
     "no function": (lambda params: 3, TypeError, "closure must be callable, got 3"),
     "vector": (lambda params: lambda: params[0] * 1, ValueError, r"loss must be one number, got shape \(3,\)"),
     "complex": (lambda params: lambda: torch.tensor(1j), ValueError, "loss must be real, got torch.complex64"),
@@ -1201,6 +1213,26 @@ def test_what_fails_before_the_move_leaves_no_half_of_a_step(variant, error, mon
     assert snapshot(optimizer) == before
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_handler_that_is_none_of_pythons_keeps_its_interrupts(handler, monkeypatch):
+    optimizer, seen = make(), []
+    write, getsignal = optimzoo.CBO._write, signal.getsignal
+
+    def watched(self, row):
+        seen.append(getsignal(signal.SIGINT))
+        write(self, row)
+
+    monkeypatch.setattr(optimzoo.CBO, "_write", watched)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        run(optimizer, 1)
+        monkeypatch.setattr(signal, "getsignal", lambda number: None)  # as for one that was installed from C
+        run(optimizer, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [handler, handler]
+
+
 def test_in_another_thread_there_is_nothing_to_hold_back():
     optimizer, done = make(), []
     thread = threading.Thread(target=lambda: done.append(run(optimizer, 1)))
@@ -1221,6 +1253,36 @@ def test_what_is_written_into_a_group_is_checked(name, value):
     with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
         run(optimizer, 1)
     assert bits(optimizer._swarm["particles"]) == before
+
+
+WRITTEN = [(s, e, m) for s, e, m in WRONG_SETTINGS if not s.keys() & {"module", "process_group"}] + [
+    (dict(memory="fixed"), ValueError, "memory='fixed' must be chosen in the constructor"),
+    (dict(rule="adam"), ValueError, "rule='adam' must be chosen in the constructor"),
+    (dict(n_runs=3), ValueError, "n_runs must stay 1, got 3"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), WRITTEN, ids=lambda v: str(v)[:40])
+def test_every_setting_that_is_written_into_a_group_is_checked(settings, error, message):
+    optimizer = make()
+    run(optimizer, 1)
+    kept = {name: optimizer.param_groups[0][name] for name in settings}
+    optimizer.param_groups[0].update(settings)
+    before = bits(optimizer._swarm["particles"])
+    for _ in range(2):  # once is not enough
+        with pytest.raises(error, match=message):
+            run(optimizer, 1)
+    assert bits(optimizer._swarm["particles"]) == before
+    optimizer.param_groups[0].update(kept)
+    run(optimizer, 1)
+
+
+def test_a_setting_that_is_written_into_one_group_is_one_for_all():
+    params = parameters()
+    optimizer = make([dict(params=params[:1]), dict(params=params[1:])])
+    optimizer.param_groups[1]["noise"] = "isotropic"
+    with pytest.raises(ValueError, match="noise is one for all groups, got 'anisotropic' and 'isotropic'"):
+        run(optimizer, 1)
 
 
 def test_alpha_is_a_setting_like_others():
