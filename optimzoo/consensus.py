@@ -62,8 +62,11 @@ def best_of(points: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean(weight: Tensor, points: Tensor) -> Tensor:
     """The weighted mean, shape (runs, coordinates); a point without weight may be infinite."""
-    counted = torch.where(weight[..., None] > 0, points, 0)
-    return (weight[..., None, :].to(points.dtype) @ counted).squeeze(-2)
+    share = weight[..., None, :].to(points.dtype)
+    found = (share @ points).squeeze(-2)
+    if not bool(found.isfinite().all()):  # zero times infinity; only then is a copy of all points worth its memory
+        found = (share @ torch.where(weight[..., None] > 0, points, 0)).squeeze(-2)
+    return found
 
 
 def polarised_means(
@@ -178,11 +181,14 @@ def projected(points: Tensor, bounds: Bounds | None) -> Tensor:
     """The same in a copy; the points themselves if all are inside, to rounding."""
     if bounds is None:
         return points
+    if not points.numel():
+        return points
     if isinstance(bounds, tuple | list):
-        outside = (points < bounds[0]) | (points > bounds[1])
+        low, high = points.aminmax()  # without temporaries; NaN, of which nothing can be said, is projected
+        inside = (low >= bounds[0]) & (high <= bounds[1])
     else:
-        outside = torch.linalg.vector_norm(points, dim=-1) > bounds * (1 + 1e-6)
-    return project_(points.clone(), bounds) if bool(outside.any()) else points
+        inside = (torch.linalg.vector_norm(points, dim=-1) <= bounds * (1 + 1e-6)).all()
+    return points if bool(inside) else project_(points.clone(), bounds)
 
 
 # Schedules

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from reference import cbo as reference
 from steps import bits, saved
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import optimzoo
 from optimzoo import consensus, ops, random
@@ -308,6 +310,53 @@ def test_the_native_step_names_what_is_wrong_and_writes_nothing(place, value, me
     with pytest.raises(RuntimeError, match=message):
         torch.ops.optimzoo.cbo_(*args[:place], value, *args[place + 1 :])
     assert torch.equal(args[0], before)
+
+
+class Large(TorchDispatchMode):
+    """Collects the operations that make a tensor of at least so many elements, other than a view of a known one."""
+
+    def __init__(self, numel: int, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.numel, self.known, self.found = numel, {x.untyped_storage().data_ptr() for x in known}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() >= self.numel:
+                self.found += [] if leaf.untyped_storage().data_ptr() in self.known else [str(func)]
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(noise="isotropic", sigma=0.02),
+        dict(correction="heaviside"),
+        dict(correction="regularised", noise="isotropic", sigma=0.02),
+        dict(kick_below=1e-12),
+        dict(patience=100),
+        dict(bounds=(-9.0, 9.0)),
+        dict(bounds=900.0),
+        dict(evaluate_consensus=True),
+        dict(particle_batch=6),
+        dict(noise_clip=0.3, ess=0.5),
+    ],
+    ids=str,
+)
+def test_a_step_makes_no_copy_of_the_particles(settings):
+    point = nn.Parameter(torch.zeros(500, dtype=torch.float64))
+    optimizer = optimzoo.CBO([point], 20, n_runs=3, seed=0, **settings)
+    x = optimizer._swarm["particles"]
+
+    def closure(stacked):
+        return torch.rand(stacked[0].shape[:2], dtype=torch.float64)
+
+    optimizer.step(closure, batched=True)
+    with Large(x.numel() // 2, x) as large:
+        optimizer.step(closure, batched=True)
+    assert optimizer._swarm["particles"] is x
+    assert not large.found
 
 
 # Numbers done right
