@@ -500,7 +500,7 @@ class CBO(Optimizer):
         """Put a particle, by its number, or ``"best"`` or ``"consensus"``, into the parameters for a while.
 
         Args:
-            which: what to put in.
+            which: what to put in; under ``process_group`` particles are numbered by rank, those of this one from 0.
             run: of which run; by default the one that has seen the lowest loss.
         """
         run = int(self.best_loss.argmin()) if run is None else run

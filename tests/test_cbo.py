@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optimzoo
+from optimzoo import closure as closure_module
 from optimzoo import consensus, ops, random
 from optimzoo.closure import vmapped
 from optimzoo.functions import FUNCTIONS, rastrigin
@@ -729,6 +730,31 @@ def test_vmap_and_swapping_and_one_call_agree(chunk_size):
         optimizers[2].step(batched, batched=True)
     for other in optimizers[1:]:
         torch.testing.assert_close(other._swarm["particles"], optimizers[0]._swarm["particles"], rtol=1e-12, atol=1e-12)
+
+
+def test_the_chunk_follows_the_size_of_the_data(monkeypatch):
+    monkeypatch.setattr(closure_module, "CHUNK_BYTES", 8000)
+    data, sizes, vmap = torch.ones(50), [], torch.func.vmap
+
+    def watched(function, *, chunk_size, **kwargs):
+        sizes.append(chunk_size)
+        return vmap(function, chunk_size=chunk_size, **kwargs)
+
+    monkeypatch.setattr(torch.func, "vmap", watched)
+    closure = vmapped(lambda copy_: (copy_[0][0] * data).sum())
+    before = torch.get_rng_state()
+    closure([torch.ones(1, 100, 3)])
+    data = torch.ones(500)
+    for _ in range(closure_module.MEASURED_EVERY):
+        closure([torch.ones(1, 100, 3)])
+    first, *_, last = sizes
+    assert first == sizes[-2] > 5 * last >= 5
+    closure([torch.ones(1, 2, 3)])  # fewer copies than a chunk has
+    assert sizes[-1] == 2
+    data = torch.ones(50)
+    closure([torch.ones(1, 100, 4)])
+    assert abs(sizes[-1] - first) <= 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_vmap_gives_all_copies_the_same_dropout():
