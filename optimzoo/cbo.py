@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,11 @@ _GLOBAL = ("seed", "alpha", "init_std", "betas", "correction_eps", "noise_clip",
            "memory_kappa", "memory_beta", "grad_drift", "kappa", "kernel_alpha", "alpha_growth", "alpha_max",
            "sigma_decay", "ess", "kick_below", "bounds", "evaluate_consensus", *_CHOICES, *_COUNTS)  # fmt: skip
 
+_RARELY_WRITTEN = tuple(name for name in _GLOBAL if name != "alpha")
+
+# What torch and its schedulers keep in a group.
+_OF_TORCH = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+
 # The state: of which shape each of its tensors is. Those of coordinates have the dtype of the particles.
 _SHAPES = dict(
     particles=("runs", "particles", "coordinates"),
@@ -160,7 +166,7 @@ class CBO(Optimizer):
         leftover: particles left over at the end of a pass: ``"drop"``, or ``"carry"`` to the front of the next pass.
         init_std: particle 0 starts at the parameters, the others at a normal distance of this deviation. Write to
             ``particles`` for another start. Default 1.
-        seed: an integer; by default one is drawn from torch's generator.
+        seed: an integer; by default one is drawn from torch's generator, under ``process_group`` from that of rank 0.
         rule: ``"drift"``; ``"hopping"``, :math:`x_i \leftarrow c + \sigma \xi_i` (consensus hopping, no ``lr``);
             ``"adam"``, with Adam's direction along :math:`x_i - c`, scaled by ``lamda`` and not by ``lr``, in place
             of the drift.
@@ -173,22 +179,24 @@ class CBO(Optimizer):
         noise_clip: distances enter the noise truncated to this. Default ``None``.
         memory: ``"fixed"``: the consensus is that of the personal bests :math:`y_i`, and particles are drawn to theirs;
             ``"reevaluated"``: personal bests are evaluated in every step, as a loss of mini-batches needs, at twice the
-            cost; ``"smooth"``: so they are, and move by
-            :math:`\kappa\gamma\, (x_i - y_i)\, (1 + \tanh(\beta(f(y_i) - f(x_i))))/2`. Default ``None``.
+            cost; ``"smooth"``: so they are, then move by
+            :math:`\kappa\gamma\, (x_i - y_i)\, (1 + \tanh(\beta(f(y_i) - f(x_i))))/2`, and are evaluated where they
+            are now, at three times the cost. Default ``None``.
         lamda_memory, sigma_memory: drift and noise towards :math:`y_i`. Default 0.4 and ``lamda_memory * sigma``.
         memory_order: ``"sequential"``: the move towards :math:`y_i` starts where the other ended; ``"euler"``: both
             start from the same place.
         memory_kappa, memory_beta: :math:`\kappa` and :math:`\beta` of smooth memory, per unit of time and in units of
             1 / loss. Default 10, which moves all of the way at the default ``lr``, and 30.
         grad_drift: then move by ``-grad_drift * lr`` times the gradient at the particle, which costs a forward and a
-            backward pass each. ``p.grad`` is not touched. Default 0.
+            backward pass each; not where that is not finite. ``p.grad`` is not touched. Default 0.
         kernel: polarised consensus: each particle has its own, with weights that fall with the distance :math:`r`:
             ``"gaussian"`` (:math:`r^2 / 2\kappa^2`), ``"laplace"`` (:math:`r / \kappa`), ``"inverse_quadratic"``
             (:math:`\log(1 + r^2 / \kappa^2)`), ``"bounded"`` (:math:`r \le \kappa`). The parameters then hold that of
             the best particle. Costs :math:`N^2 d`. Default ``None``.
         kappa: the reach of the kernel, in units of the parameters. Default 1.
         kernel_alpha: multiply the kernel's exponent by ``alpha``. Default ``True``.
-        alpha_growth, alpha_max: ``alpha`` is multiplied by the first after each step, up to the second. Default 1, 1e5.
+        alpha_growth, alpha_max: ``alpha`` is multiplied by the first after each step, up to the second; an
+            ``alpha`` that is above already stays. Default 1, 1e5.
         sigma_decay, sigma_decay_every: ``sigma`` is multiplied by the first after every so many steps. Default 1, 1.
         ess: choose ``alpha`` in each step so that the effective sample size is this share of the particles.
         kick_below: where no coordinate of the consensus has moved by this, add normal numbers times
@@ -199,8 +207,8 @@ class CBO(Optimizer):
         evaluate_consensus: evaluate the loss of the consensus in each step. Default ``False``.
         module: the network, if it has buffers that a forward pass changes (BatchNorm's running statistics): each
             evaluation then starts from the same, and what stays is the change by one evaluation of the consensus.
-        process_group: particles are sharded over its ranks, each of which evaluates its own on the same data; give all
-            the same ``seed``. The results do not depend on the number of ranks, up to rounding.
+        process_group: particles are sharded over its ranks, each of which evaluates its own on the same data. The
+            results do not depend on the number of ranks, up to rounding. It can be neither copied nor pickled.
 
     Raises:
         TypeError, ValueError: a setting, parameter or loss is not one that the method can work with.
@@ -262,31 +270,42 @@ class CBO(Optimizer):
         module: torch.nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         arguments = locals()
-        defaults = {name: arguments[name] for name in (*_PER_GROUP, *_GLOBAL)}
         if module is not None and not isinstance(module, torch.nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {module!r}")
         if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
         self.module, self.process_group, self._ranks = module, process_group, Ranks(process_group)
-        super().__init__(params, defaults)
+        seeds = self._ranks.values(seed)
+        if any(other != seeds[0] for other in seeds):
+            raise ValueError(f"seed must be the same on all ranks, got {seeds}")
+        if seed is None:
+            seed = self._ranks.values(int(torch.randint(2**63 - 1, (), device="cpu")))[0]
+        arguments["seed"] = seed
+        super().__init__(params, {name: arguments[name] for name in (*_PER_GROUP, *_GLOBAL)})
         self._complete_groups = True
         self._warn_of_spread()
 
     # Groups
 
     _complete_groups = False  # until the constructor has added all of its groups
+    _checked: Sequence[Any] = ()  # the settings that were found right
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with ``lr``, ``lamda`` and ``sigma`` of their own if they have them.
 
-        Their particles start around them, whatever the others have come to.
+        Their particles start around them, whatever the others have come to. Of ``lr``, ``lamda`` and ``sigma`` they
+        have what the constructor got, where the group does not say; all else is as it now is in the first group.
 
         Raises:
             TypeError, ValueError: as the constructor does; the optimizer then has the groups it had.
         """
+        if isinstance(param_group, dict):  # torch has an error for what is not
+            unknown = param_group.keys() - {*self.defaults, *_OF_TORCH}
+            if unknown:
+                raise TypeError(f"a parameter group has no setting {min(map(repr, unknown))}")
+            now = self.param_groups[0] if self.param_groups else {}
+            param_group = {**{name: now[name] for name in _GLOBAL if name in now}, **param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -327,7 +346,8 @@ class CBO(Optimizer):
             if not param.is_floating_point():
                 raise ValueError(f"params[{index}] must have a real floating-point dtype, got {param.dtype}")
             if type(param) not in (torch.Tensor, torch.nn.Parameter) or param.layout is not torch.strided:
-                raise ValueError(f"params[{index}] must be a plain strided tensor, got {type(param).__name__}")
+                got = f"{type(param).__name__} of layout {param.layout}"
+                raise ValueError(f"params[{index}] must be a plain strided tensor, got {got}")
             if param.device != self._first.device:
                 raise ValueError(f"params[{index}] is on {param.device}, the first one on {self._first.device}")
             if group["grad_drift"] and not param.requires_grad:
@@ -420,6 +440,8 @@ class CBO(Optimizer):
         for name in (name for name in _POINTS if name in swarm):
             average, alone = name.startswith("exp_avg"), name in ("consensus", "best")
             new = torch.zeros_like(around) if average else center.repeat(runs, 1) if alone else around
+            if name == "memory":  # its losses were those with the parameters as they are
+                new = center.expand_as(around)
             # The particles of the first group are not copied: there may be memory for them once.
             copied = old > 0 or name != "particles"
             swarm[name] = torch.cat([swarm[name].to(dtype), new], -1) if copied else new
@@ -478,7 +500,7 @@ class CBO(Optimizer):
         """Put a particle, by its number, or ``"best"`` or ``"consensus"``, into the parameters for a while.
 
         Args:
-            which: what to put in.
+            which: what to put in; under ``process_group`` particles are numbered by rank, those of this one from 0.
             run: of which run; by default the one that has seen the lowest loss.
         """
         run = int(self.best_loss.argmin()) if run is None else run
@@ -505,7 +527,7 @@ class CBO(Optimizer):
         epoch = self._swarm["epoch"]
         for group in self.param_groups:
             group["sigma"] *= math.log2(epoch + 1) / math.log2(epoch + 2)
-            group["alpha"] = min(2 * group["alpha"], group["alpha_max"])
+            group["alpha"] = _grown(group["alpha"], 2.0, group["alpha_max"])
 
     @torch.no_grad()
     def reduce(self, mu: float = 0.2) -> int:
@@ -634,6 +656,14 @@ class CBO(Optimizer):
             for name in (*_PER_GROUP, "alpha"):
                 check_number(name, group[name], *_RANGES[name])
         _check_uniform(groups, ("alpha",))
+        # All others only after a change, of which another object is a sign: a comparison would cost more.
+        others = [group[name] for group in groups for name in _RARELY_WRITTEN]
+        if len(others) != len(self._checked) or not all(map(operator.is_, others, self._checked)):
+            for group in groups:
+                self._check_group(group)
+            _check_uniform(groups, _GLOBAL)
+            self._check_against_swarm(groups[0])
+            self._checked = others
         lr = [float(group["lr"]) for group in groups]
         root = [math.sqrt(value) for value in lr]
         drift = [float(group["lamda"]) * value for group, value in zip(groups, lr, strict=True)]
@@ -641,6 +671,16 @@ class CBO(Optimizer):
         if max(drift + diffusion) == math.inf:
             raise ValueError(f"lamda * lr and sigma * sqrt(lr) must be finite, got {drift} and {diffusion}")
         return Rates(lr, root, drift, diffusion)
+
+    def _check_against_swarm(self, options: Group) -> None:
+        """Raise if a setting was written that wants other tensors than the constructor has made."""
+        if not any(self.state.values()):  # no parameter has been added yet
+            return
+        for name, value, tensor in (("memory", options["memory"], "memory"), ("rule", options["rule"], "exp_avg")):
+            if tensor in _needed(options) and tensor not in self._swarm:
+                raise ValueError(f"{name}={value!r} must be chosen in the constructor")
+        if options["n_runs"] != len(self._swarm["alpha"]):
+            raise ValueError(f"n_runs must stay {len(self._swarm['alpha'])}, got {options['n_runs']}")
 
     def _anneal(self) -> None:
         """What the schedules make of sigma and alpha at the end of a step."""
@@ -651,7 +691,7 @@ class CBO(Optimizer):
         cooled = self._swarm["step"] % options["sigma_decay_every"] == 0
         for group in self.param_groups:
             group["sigma"] *= decay if cooled else 1.0
-            group["alpha"] = min(group["alpha"] * growth, group["alpha_max"]) if growth != 1 else group["alpha"]
+            group["alpha"] = _grown(group["alpha"], growth, group["alpha_max"])
 
     def _batch(self) -> tuple[Tensor | None, Tensor]:
         """Which of the particles here this step evaluates, ``None`` being all; and whose turn is then still to come."""
@@ -702,12 +742,13 @@ class CBO(Optimizer):
         if swarm["step"] == 0:
             return x.clone(), seen
         points, energies = swarm["memory"], swarm["memory_energies"]
+        if options["memory"] != "fixed":  # losses of this step's data are compared with each other alone
+            energies = _at(index, self._energies(evaluation, points, index), energies)
         if options["memory"] == "smooth":
             rate = self._columns([options["memory_kappa"] * lr for lr in rates.lr])
+            # Those whose turn it is not have an infinite loss here, and stay.
             points = smoothed(points, x, energies, seen, rate, options["memory_beta"])
             return points, _at(index, self._energies(evaluation, points, index), energies)
-        if options["memory"] == "reevaluated":
-            energies = _at(index, self._energies(evaluation, points, index), energies)
         return torch.where((seen < energies)[..., None], x, points), torch.minimum(seen, energies)
 
     def _noise(self, purpose: int) -> Tensor:
@@ -751,7 +792,8 @@ class CBO(Optimizer):
             new = moved(new, changes["memory"], z, drift, self._columns(own), seen_from=seen_from, **noise)
         if options["grad_drift"]:
             size = self._columns([options["grad_drift"] * lr for lr in rates.lr])
-            new = new - size * evaluation.gradients(new, moves)
+            step = size * evaluation.gradients(new, moves)
+            new = new - step.where(step.isfinite().all(-1, keepdim=True), 0.0)
         return new if moves is None else torch.where(moves[..., None], new, x)
 
     def _native_move(
@@ -811,6 +853,11 @@ class CBO(Optimizer):
     # Checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "with a process_group there is no copy and no pickle: save state_dict() on each rank, and load it into "
+                "a new optimizer there"
+            )
         return {**super().__getstate__(), "module": self.module, "process_group": self.process_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -855,9 +902,7 @@ class CBO(Optimizer):
         return {**state_dict, "param_groups": groups}
 
     def _check_state(self, owner: str, state: dict[str, Any], options: Group) -> None:
-        needs = {*_SHAPES, *_NUMBERS}
-        needs -= set() if options["memory"] else {"memory", "memory_energies"}
-        needs -= set() if options["rule"] == "adam" else {"exp_avg", "exp_avg_sq"}
+        needs = _needed(options)
         if not isinstance(state, dict):
             raise ValueError(f"the state of {owner} must be a dictionary, got {state!r}")
         if not needs <= state.keys():
@@ -881,6 +926,19 @@ class CBO(Optimizer):
             raise ValueError(
                 f"{owner} has {here} particles, from number {first} on, of {count}; processes: {self._ranks.size}"
             )
+
+
+def _needed(options: Group) -> set[str]:
+    """What the state has under these settings."""
+    needs = {*_SHAPES, *_NUMBERS}
+    needs -= set() if options["memory"] else {"memory", "memory_energies"}
+    needs -= set() if options["rule"] == "adam" else {"exp_avg", "exp_avg_sq"}
+    return needs
+
+
+def _grown(alpha: float, factor: float, limit: float) -> float:
+    """Alpha times a factor; growth ends at the limit, and leaves alone what the user has put above it."""
+    return alpha * factor if factor <= 1 else max(alpha, min(alpha * factor, limit))
 
 
 def _check_bounds(bounds: Any) -> None:

@@ -15,8 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from optimzoo.consensus import best_of
 
-# What the intermediate results of the copies that run together may take: bench/cbo.py measures it ("chunks").
+# What the intermediate results of the copies that run together may take. It bounds memory: a larger chunk is as fast or
+# a little faster, as bench/cbo.py measures ("chunks").
 CHUNK_BYTES = 32 * 2**20
+# After so many calls they are measured again, for an evaluation of one copy: the data may have another size.
+MEASURED_EVERY = 32
 
 
 def check_loss(loss: Any, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -39,6 +42,9 @@ def uninterrupted() -> Iterator[None]:
     """Holds an interrupt from the keyboard back until the end of a block that must be done whole or not at all."""
     held: list[Any] = []
     handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # it ends the process, is ignored, or comes from outside of Python: no exception here
+        yield
+        return
     try:
         signal.signal(signal.SIGINT, lambda *args: held.append(args))
     except ValueError:  # interrupts come to the main thread alone
@@ -48,7 +54,7 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if held and callable(handler):
+        if held:
             handler(*held[-1])
 
 
@@ -75,9 +81,10 @@ def vmapped(
     Args:
         loss: takes a list with a tensor for each parameter and returns a scalar; it must not depend on anything else
             that differs between copies. For a module, call ``torch.func.functional_call`` in it.
-        chunk_size: how many copies run together. By default as many as keep their intermediate results, measured by
-            one evaluation, within 32 MiB: beyond the caches a larger chunk is slower, and with one copy at a time
-            nothing is gained.
+        chunk_size: how many copies run together. By default as many as keep their intermediate results within 32 MiB,
+            which bounds memory: more are as fast or a little faster. An evaluation of one copy measures the results, in
+            the first of every 32 calls and where the shapes of the parameters change. For data whose size changes much
+            from call to call, give a number.
 
     Returns:
         A function of stacked parameters, each with leading dimensions for the copies, that returns their losses.
@@ -86,16 +93,22 @@ def vmapped(
     statistics) raises, with a hint.
     """
 
+    measured, calls, known = 0, 0, None
+
     def closure(stacked: Sequence[Tensor]) -> Tensor:
-        nonlocal chunk_size
+        nonlocal measured, calls, known
         lead = stacked[0].shape[:2]
         flat = [tensor.flatten(0, 1) for tensor in stacked]
         copies = flat[0].shape[0]
         try:
-            if chunk_size is None:
+            shapes = [tensor.shape[1:] for tensor in flat]
+            if chunk_size is None and (calls % MEASURED_EVERY == 0 or shapes != known):
                 with torch.random.fork_rng(devices=[]):
-                    chunk_size = max(1, CHUNK_BYTES // max(1, _traffic(loss, [tensor[0] for tensor in flat])))
-            every = torch.func.vmap(loss, randomness="same", chunk_size=min(chunk_size, copies))
+                    measured = max(1, CHUNK_BYTES // max(1, _traffic(loss, [tensor[0] for tensor in flat])))
+                calls, known = 0, shapes
+            calls += 1
+            chunk = min(measured if chunk_size is None else chunk_size, copies)
+            every = torch.func.vmap(loss, randomness="same", chunk_size=chunk)
             return every(flat).reshape(lead)
         except RuntimeError as error:
             if "vmap" not in str(error) and "batched tensor" not in str(error):
@@ -161,7 +174,6 @@ class Evaluation:
         self.grads = [] if batched else [_Grad(param) for param in params]
         self.clean = [buffer.clone() for buffer in buffers]
         self.after: dict[int, list[Tensor]] = {}
-        self.watched = not batched
 
     def __enter__(self) -> Evaluation:
         self.stack = contextlib.ExitStack()
@@ -245,22 +257,21 @@ class Evaluation:
     def _one(self, row: Tensor) -> Tensor:
         self._write(row)
         self._restore(self.clean)
-        loss = check_loss(self._call()).detach()
-        if self.watched and any(grad.written for grad in self.grads):
-            raise RuntimeError("the closure called backward(): no gradients are needed; return the loss alone")
-        self.watched = False
-        return loss
+        return check_loss(self._call()).detach()
 
     def _call(self, *args: Any) -> Any:
         self.reseed(self.seed)
         try:
-            return self.closure(*args)
+            loss = self.closure(*args)
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise RuntimeError(
                     "the closure called backward(): no gradients are needed; remove the call and return the loss alone"
                 ) from error
             raise
+        if any(grad.written for grad in self.grads):
+            raise RuntimeError("the closure called backward(): no gradients are needed; return the loss alone")
+        return loss
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -62,8 +62,11 @@ def best_of(points: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
 
 def mean(weight: Tensor, points: Tensor) -> Tensor:
     """The weighted mean, shape (runs, coordinates); a point without weight may be infinite."""
-    counted = torch.where(weight[..., None] > 0, points, 0)
-    return (weight[..., None, :].to(points.dtype) @ counted).squeeze(-2)
+    share = weight[..., None, :].to(points.dtype)
+    found = (share @ points).squeeze(-2)
+    if not bool(found.isfinite().all()):  # zero times infinity; only then is a copy of all points worth its memory
+        found = (share @ torch.where(weight[..., None] > 0, points, 0)).squeeze(-2)
+    return found
 
 
 def polarised_means(
@@ -178,28 +181,38 @@ def projected(points: Tensor, bounds: Bounds | None) -> Tensor:
     """The same in a copy; the points themselves if all are inside, to rounding."""
     if bounds is None:
         return points
+    if not points.numel():
+        return points
     if isinstance(bounds, tuple | list):
-        outside = (points < bounds[0]) | (points > bounds[1])
+        low, high = points.aminmax()  # without temporaries; NaN, of which nothing can be said, is projected
+        inside = (low >= bounds[0]) & (high <= bounds[1])
     else:
-        outside = torch.linalg.vector_norm(points, dim=-1) > bounds * (1 + 1e-6)
-    return project_(points.clone(), bounds) if bool(outside.any()) else points
+        inside = (torch.linalg.vector_norm(points, dim=-1) <= bounds * (1 + 1e-6)).all()
+    return points if bool(inside) else project_(points.clone(), bounds)
 
 
 # Schedules
 
 
 def effective_alpha(energies: Tensor, share: float, alpha: Tensor, alpha_max: float) -> Tensor:
-    """The alpha at which the effective sample size is ``share`` of the particles; of equal ones, the alpha it was."""
+    """The alpha at which the effective sample size is ``share`` of the particles; of equal ones, the alpha it was.
+
+    At most ``alpha_max``, which it is where even that leaves more particles.
+    """
     finite = energies < math.inf
-    shifted = energies - energies.amin(-1, keepdim=True)
+    largest = torch.finfo(energies.dtype).max
+    shifted = (energies - energies.amin(-1, keepdim=True)).clamp_max(largest)  # a difference of finite ones may not be
     spread = torch.where(finite, shifted, 0.0).amax(-1)
-    low, high = (torch.log(bound / spread) for bound in (1e-9, 1e9))
-    for _ in range(60):
+    # From where all weigh alike. The upper end does not depend on the spread, which one outlier decides.
+    high = torch.full_like(spread, math.log(alpha_max))
+    low = torch.minimum(math.log(1e-9) - spread.log(), high)
+    for _ in range(80):
         middle = (low + high) / 2
         weight = torch.where(finite, (-middle.exp()[:, None] * shifted).exp(), 0.0)
         large = weight.sum(-1).square() / weight.square().sum(-1) > share * finite.sum(-1)
         low, high = torch.where(large, middle, low), torch.where(large, high, middle)
-    return torch.where(spread > 0, ((low + high) / 2).exp().clamp_max(alpha_max), alpha)
+    chosen = ((low + high) / 2).exp().clamp(torch.finfo(energies.dtype).tiny, alpha_max)
+    return torch.where(spread > 0, chosen, alpha)
 
 
 def next_batch(queue: Tensor, size: int, order: Tensor, leftover: str) -> tuple[Tensor, Tensor]:
@@ -299,6 +312,13 @@ class Ranks:
         reductions = dict(min=torch.distributed.ReduceOp.MIN, sum=torch.distributed.ReduceOp.SUM)
         torch.distributed.all_reduce(tensor, reductions[op], group=self.group)
         return tensor
+
+    def values(self, value: Any) -> list[Any]:
+        """A value of each process, a Python object."""
+        every = [value] * self.size
+        if self.size > 1:
+            torch.distributed.all_gather_object(every, value, group=self.group)
+        return every
 
     def gathered(self, rows: Tensor, first: int, count: int) -> Tensor:
         """All of ``count`` particles, or their energies, from those that are here, which begin with ``first``."""

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from reference import cbo as reference
 from steps import bits, saved
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import optimzoo
+from optimzoo import closure as closure_module
 from optimzoo import consensus, ops, random
 from optimzoo.closure import vmapped
 from optimzoo.functions import FUNCTIONS, rastrigin
@@ -308,6 +311,53 @@ def test_the_native_step_names_what_is_wrong_and_writes_nothing(place, value, me
     with pytest.raises(RuntimeError, match=message):
         torch.ops.optimzoo.cbo_(*args[:place], value, *args[place + 1 :])
     assert torch.equal(args[0], before)
+
+
+class Large(TorchDispatchMode):
+    """Collects the operations that make a tensor of at least so many elements, other than a view of a known one."""
+
+    def __init__(self, numel: int, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.numel, self.known, self.found = numel, {x.untyped_storage().data_ptr() for x in known}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() >= self.numel:
+                self.found += [] if leaf.untyped_storage().data_ptr() in self.known else [str(func)]
+        return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(noise="isotropic", sigma=0.02),
+        dict(correction="heaviside"),
+        dict(correction="regularised", noise="isotropic", sigma=0.02),
+        dict(kick_below=1e-12),
+        dict(patience=100),
+        dict(bounds=(-9.0, 9.0)),
+        dict(bounds=900.0),
+        dict(evaluate_consensus=True),
+        dict(particle_batch=6),
+        dict(noise_clip=0.3, ess=0.5),
+    ],
+    ids=str,
+)
+def test_a_step_makes_no_copy_of_the_particles(settings):
+    point = nn.Parameter(torch.zeros(500, dtype=torch.float64))
+    optimizer = optimzoo.CBO([point], 20, n_runs=3, seed=0, **settings)
+    x = optimizer._swarm["particles"]
+
+    def closure(stacked):
+        return torch.rand(stacked[0].shape[:2], dtype=torch.float64)
+
+    optimizer.step(closure, batched=True)
+    with Large(x.numel() // 2, x) as large:
+        optimizer.step(closure, batched=True)
+    assert optimizer._swarm["particles"] is x
+    assert not large.found
 
 
 # Numbers done right
@@ -610,6 +660,49 @@ def test_a_constant_in_the_loss_changes_nothing(power, variant):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("memory", ["reevaluated", "smooth"])
+@pytest.mark.parametrize("particle_batch", [None, 4])
+def test_a_constant_of_one_batch_of_data_changes_nothing(memory, particle_batch):
+    def trained(offset):
+        optimizer = make(memory=memory, particle_batch=particle_batch)
+        for t in range(6):
+            optimizer.step(
+                lambda stacked, t=t: (batched(stacked) * 2**20).round() / 2**20 + offset * (t % 2), batched=True
+            )
+        return optimizer._swarm["particles"]
+
+    torch.testing.assert_close(trained(64.0), trained(0.0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("evaluation", ["live", "batched"])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad, evaluation):
+    params, calls = parameters(), []
+
+    def spoilt(points):
+        """A loss whose gradient is not finite at the fifth particle, when gradients are asked for in the first step."""
+        if not torch.is_grad_enabled():
+            return objective(points)
+        calls.append(0)
+        factor = torch.ones(points.shape[:-1], dtype=points.dtype)
+        if points.dim() == 1 and len(calls) == 5:
+            factor += bad
+        if points.dim() == 3 and len(calls) == 1:
+            factor[0, 4] = bad
+        return objective(points) * factor
+
+    optimizer, plain = make(params, grad_drift=0.01), make()
+    run(plain, 1)
+    for t in range(3):
+        if evaluation == "live":
+            optimizer.step(lambda: spoilt(torch.cat([p.flatten() for p in params])))
+        else:
+            optimizer.step(lambda stacked: spoilt(torch.cat([x.flatten(2) for x in stacked], -1)), batched=True)
+        assert optimizer._swarm["particles"].isfinite().all()
+        if t == 0:
+            torch.testing.assert_close(optimizer._swarm["particles"][0, 4], plain._swarm["particles"][0, 4])
+
+
 @given(shift=st.floats(-8, 8), variant=st.sampled_from(["defaults", "isotropic", "memory", "polarised", "gradient"]))
 @settings(max_examples=15)
 def test_everything_may_be_somewhere_else(shift, variant):
@@ -637,6 +730,31 @@ def test_vmap_and_swapping_and_one_call_agree(chunk_size):
         optimizers[2].step(batched, batched=True)
     for other in optimizers[1:]:
         torch.testing.assert_close(other._swarm["particles"], optimizers[0]._swarm["particles"], rtol=1e-12, atol=1e-12)
+
+
+def test_the_chunk_follows_the_size_of_the_data(monkeypatch):
+    monkeypatch.setattr(closure_module, "CHUNK_BYTES", 8000)
+    data, sizes, vmap = torch.ones(50), [], torch.func.vmap
+
+    def watched(function, *, chunk_size, **kwargs):
+        sizes.append(chunk_size)
+        return vmap(function, chunk_size=chunk_size, **kwargs)
+
+    monkeypatch.setattr(torch.func, "vmap", watched)
+    closure = vmapped(lambda copy_: (copy_[0][0] * data).sum())
+    before = torch.get_rng_state()
+    closure([torch.ones(1, 100, 3)])
+    data = torch.ones(500)
+    for _ in range(closure_module.MEASURED_EVERY):
+        closure([torch.ones(1, 100, 3)])
+    first, *_, last = sizes
+    assert first == sizes[-2] > 5 * last >= 5
+    closure([torch.ones(1, 2, 3)])  # fewer copies than a chunk has
+    assert sizes[-1] == 2
+    data = torch.ones(50)
+    closure([torch.ones(1, 100, 4)])
+    assert abs(sizes[-1] - first) <= 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_vmap_gives_all_copies_the_same_dropout():
@@ -759,6 +877,36 @@ def test_a_group_may_join_in_the_middle():
     assert optimizer.particles[1].shape == (1, N, 2, 2)
 
 
+@pytest.mark.parametrize("change", ["growth", "cool", "load", "write"])
+def test_a_group_that_joins_has_the_settings_of_the_others(change):
+    params = parameters()
+    optimizer = make(params[:1], alpha=50.0, alpha_growth=1.05 if change == "growth" else 1.0)
+    optimizer.step(lambda stacked: objective(stacked[0].flatten(2)), batched=True)
+    if change == "cool":
+        optimizer.cool()
+    if change == "load":
+        other = make(params[:1], seed=8, alpha=3.0)
+        other.load_state_dict(optimizer.state_dict())
+        optimizer = other
+    if change == "write":
+        optimizer.param_groups[0]["alpha"] = 70.0
+    optimizer.add_param_group(dict(params=params[1:]))
+    first, last = optimizer.param_groups
+    assert first["alpha"] == last["alpha"] == dict(growth=52.5, cool=100.0, load=50.0, write=70.0)[change]
+    assert first["seed"] == last["seed"] == 3
+    run(optimizer, 1)
+
+
+def test_personal_bests_of_a_group_that_joins_are_where_their_losses_were():
+    params = parameters()
+    optimizer = make(params[:1], memory="fixed")
+    for _ in range(3):
+        optimizer.step(live(params))
+    optimizer.add_param_group(dict(params=params[1:]))
+    at = [x.flatten(2) for x in optimizer._views(optimizer._swarm["memory"])]
+    torch.testing.assert_close(objective(torch.cat(at, -1)), optimizer._swarm["memory_energies"], rtol=1e-14, atol=0)
+
+
 def test_personal_bests_begin_where_the_user_puts_the_particles():
     optimizer = make(memory="fixed", particle_batch=4)
     for x in optimizer.particles:
@@ -815,6 +963,36 @@ def test_cooling_is_that_of_the_reference():
         assert group["sigma"] == pytest.approx(state["sigma"], rel=1e-15)
         assert group["alpha"] == state["alpha"]
     assert group["alpha"] == 1e5
+
+
+def test_growth_never_lowers_an_alpha_that_is_above_its_limit():
+    for change in (optimzoo.CBO.cool, lambda optimizer: run(optimizer, 1)):
+        optimizer = make(alpha=1e6, alpha_growth=1.05)
+        change(optimizer)
+        assert optimizer.param_groups[0]["alpha"] == 1e6
+
+
+@pytest.mark.parametrize("outlier", [10.0, 1e6, 1e12, 1e30, 1e308])
+def test_one_outlier_does_not_decide_the_effective_sample_size(outlier):
+    energies = torch.tensor([[*np.linspace(0, 1, 19), outlier]])
+    alpha = consensus.effective_alpha(energies, 0.5, torch.ones(1, dtype=torch.float64), 1e5)
+    weight = consensus.weights(energies, alpha)
+    assert float(alpha) == pytest.approx(3.42, abs=0.01)
+    assert float(weight.sum() ** 2 / weight.square().sum()) == pytest.approx(10, rel=1e-9)
+
+
+def test_a_spread_that_overflows_leaves_weights():
+    energies = torch.tensor([[1e308, -1e308, 0.0, 1.0], [1.7e308, 1.7e308, -1.7e308, math.inf]], dtype=torch.float64)
+    for share in (0.2, 0.5, 0.9):
+        alpha = consensus.effective_alpha(energies, share, torch.ones(2, dtype=torch.float64), 1e5)
+        assert (alpha > 0).all()
+        torch.testing.assert_close(consensus.weights(energies, alpha).sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+def test_of_ties_more_than_wanted_remain_at_the_largest_alpha():
+    energies = torch.tensor([[0.0, 0.0, 0.0, 1e-3], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    alpha = consensus.effective_alpha(energies, 0.5, torch.full((2,), 7.0, dtype=torch.float64), 1e5)
+    torch.testing.assert_close(alpha, torch.tensor([1e5, 7.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("settings", [{}, dict(memory="fixed"), dict(rule="adam", lamda=0.1)], ids=str)
@@ -927,6 +1105,14 @@ def test_a_wrong_setting_is_named(settings, error, message):
         make(**settings)
 
 
+def test_groups_without_parameters_wait_for_the_first():
+    params = parameters()
+    optimizer = make([dict(params=[])])
+    optimizer.add_param_group(dict(params=params))
+    run(optimizer, 1)
+    assert optimizer.particles[0].shape == (1, N, 3)
+
+
 def test_an_unknown_setting_is_an_error():
     with pytest.raises(TypeError, match="lambda_"):
         make(lambda_=1.0)
@@ -940,7 +1126,7 @@ def test_an_unknown_setting_is_an_error():
             [torch.zeros(3, dtype=torch.complex64)],
             r"params\[0\] must have a real floating-point dtype, got .*complex64",
         ),
-        ([torch.zeros(3).to_sparse()], r"params\[0\] must be a plain strided tensor"),
+        ([torch.zeros(3).to_sparse()], r"must be a plain strided tensor, got Tensor of layout torch\.sparse_coo"),
         ([torch.zeros(3), torch.zeros(3, device="meta")], r"params\[1\] is on meta, the first one on cpu"),
     ],
 )
@@ -956,6 +1142,8 @@ def test_a_group_that_does_not_fit_is_not_added():
         optimizer.add_param_group(dict(params=parameters()[1:], noise="isotropic"))
     with pytest.raises(ValueError, match="sigma must be finite"):
         optimizer.add_param_group(dict(params=parameters()[1:], sigma=-1.0))
+    with pytest.raises(TypeError, match="a parameter group has no setting 'sgima'"):
+        optimizer.add_param_group(dict(params=parameters()[1:], sgima=1.0))
     assert snapshot(optimizer) == before
     assert len(optimizer.param_groups) == 1
 
@@ -991,16 +1179,17 @@ def enabled_backward(params):
     return closure
 
 
-def late_backward(params):
-    """Writes to .grad, and fails in another evaluation."""
+def late_backward(params, first=3, fails=True):
+    """Writes to .grad from a call on, and fails there with an error of its own."""
     calls = []
 
     def closure():
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) >= first:
             with torch.enable_grad():
                 live(params)().backward()
-            raise KeyError("mine")
+            if fails:
+                raise KeyError("mine")
         return live(params)()
 
     return closure
@@ -1015,6 +1204,9 @@ CLOSURES: dict[str, tuple[Any, type[Exception], str]] = {
     "backward": (backward, RuntimeError, r"the closure called backward\(\).*remove the call"),
     "backward with gradients enabled": (enabled_backward, RuntimeError, r"the closure called backward\(\)"),
     "backward, then an error": (late_backward, KeyError, "mine"),
+    "backward from the second call on": (lambda p: late_backward(p, 2, False), RuntimeError, r"called backward\(\)"),
+    "backward at the consensus": (lambda p: late_backward(p, N + 1, False), RuntimeError, r"called backward\(\)"),
+    "backward in a gradient": (lambda p: late_backward(p, N + 4, False), RuntimeError, r"called backward\(\)"),
     "no function": (lambda params: 3, TypeError, "closure must be callable, got 3"),
     "vector": (lambda params: lambda: params[0] * 1, ValueError, r"loss must be one number, got shape \(3,\)"),
     "complex": (lambda params: lambda: torch.tensor(1j), ValueError, "loss must be real, got torch.complex64"),
@@ -1096,6 +1288,26 @@ def test_what_fails_before_the_move_leaves_no_half_of_a_step(variant, error, mon
     assert snapshot(optimizer) == before
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_handler_that_is_none_of_pythons_keeps_its_interrupts(handler, monkeypatch):
+    optimizer, seen = make(), []
+    write, getsignal = optimzoo.CBO._write, signal.getsignal
+
+    def watched(self, row):
+        seen.append(getsignal(signal.SIGINT))
+        write(self, row)
+
+    monkeypatch.setattr(optimzoo.CBO, "_write", watched)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        run(optimizer, 1)
+        monkeypatch.setattr(signal, "getsignal", lambda number: None)  # as for one that was installed from C
+        run(optimizer, 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [handler, handler]
+
+
 def test_in_another_thread_there_is_nothing_to_hold_back():
     optimizer, done = make(), []
     thread = threading.Thread(target=lambda: done.append(run(optimizer, 1)))
@@ -1116,6 +1328,36 @@ def test_what_is_written_into_a_group_is_checked(name, value):
     with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
         run(optimizer, 1)
     assert bits(optimizer._swarm["particles"]) == before
+
+
+WRITTEN = [(s, e, m) for s, e, m in WRONG_SETTINGS if not s.keys() & {"module", "process_group"}] + [
+    (dict(memory="fixed"), ValueError, "memory='fixed' must be chosen in the constructor"),
+    (dict(rule="adam"), ValueError, "rule='adam' must be chosen in the constructor"),
+    (dict(n_runs=3), ValueError, "n_runs must stay 1, got 3"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), WRITTEN, ids=lambda v: str(v)[:40])
+def test_every_setting_that_is_written_into_a_group_is_checked(settings, error, message):
+    optimizer = make()
+    run(optimizer, 1)
+    kept = {name: optimizer.param_groups[0][name] for name in settings}
+    optimizer.param_groups[0].update(settings)
+    before = bits(optimizer._swarm["particles"])
+    for _ in range(2):  # once is not enough
+        with pytest.raises(error, match=message):
+            run(optimizer, 1)
+    assert bits(optimizer._swarm["particles"]) == before
+    optimizer.param_groups[0].update(kept)
+    run(optimizer, 1)
+
+
+def test_a_setting_that_is_written_into_one_group_is_one_for_all():
+    params = parameters()
+    optimizer = make([dict(params=params[:1]), dict(params=params[1:])])
+    optimizer.param_groups[1]["noise"] = "isotropic"
+    with pytest.raises(ValueError, match="noise is one for all groups, got 'anisotropic' and 'isotropic'"):
+        run(optimizer, 1)
 
 
 def test_alpha_is_a_setting_like_others():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from test_cbo import batched, live, parameters
@@ -93,6 +96,24 @@ def worker(rank: int, folder: str) -> None:
         assert empty > 0
     with pytest.raises(ValueError, match="n_particles must be at least two for each of 2 processes"):
         optimzoo.CBO(parameters(), 3, process_group=dist.group.WORLD)
+    # One seed for all: rank 0's where none is given.
+    torch.manual_seed(rank)
+    optimizer = optimzoo.CBO(parameters(), N, particle_batch=2, process_group=dist.group.WORLD)
+    drawn, evaluated = [None, None], []
+    dist.all_gather_object(drawn, optimizer.param_groups[0]["seed"])
+    torch.manual_seed(0)
+    assert drawn == [int(torch.randint(2**63 - 1, ()))] * 2
+    for _ in range(4):
+        optimizer.step(lambda stacked: evaluated.append(stacked[0].shape[1]) or batched(stacked), batched=True)
+    total = torch.tensor(sum(evaluated))
+    dist.all_reduce(total)
+    assert total == 4 * 2
+    for seed in (rank, None if rank else 5):
+        with pytest.raises(ValueError, match=r"seed must be the same on all ranks, got \[\d, (1|None)\]"):
+            optimzoo.CBO(parameters(), N, seed=seed, process_group=dist.group.WORLD)
+    for clone in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"no copy and no pickle: save state_dict\(\) on each rank"):
+            clone(optimizer)
     dist.destroy_process_group()
 
 

@@ -32,8 +32,8 @@ def _ess_alpha(energies, share, alpha, alpha_max):
     spread = e.max() - e.min() if len(e) else 0.0
     if spread == 0:
         return alpha
-    low, high = math.log(1e-9 / spread), math.log(1e9 / spread)
-    for _ in range(60):
+    low, high = min(math.log(1e-9 / spread), math.log(alpha_max)), math.log(alpha_max)
+    for _ in range(80):
         middle = (low + high) / 2
         w = np.exp(-math.exp(middle) * (e - e.min()))
         if w.sum() ** 2 / (w**2).sum() > share * len(e):
@@ -187,6 +187,8 @@ def step(
             y, fy = x.copy(), seen.copy()
         elif memory == "smooth":
             for i in batch:
+                fy[i] = evaluate(y[i])
+                compare(y[i], fy[i])
                 share = (1 + math.tanh(memory_beta * (fy[i] - seen[i]))) / 2
                 y[i] = y[i] + memory_kappa * lr * (x[i] - y[i]) * share
         if memory in ("reevaluated", "smooth") and state["step"] > 0:
@@ -269,7 +271,8 @@ def step(
         new += 0.1 * np.sqrt(lr) * z["kick"]
         state["waited"] = 0
     state["x"], state["consensus"] = np.array([projected(point, bounds) for point in new]), c
-    state["alpha"] = min(state["alpha"] * alpha_growth, alpha_max) if alpha_growth != 1 else state["alpha"]
+    if alpha_growth != 1 and state["alpha"] < alpha_max:
+        state["alpha"] = min(state["alpha"] * alpha_growth, alpha_max)
     state["step"] += 1
     state["sigma"] = sigma * sigma_decay if state["step"] % sigma_decay_every == 0 else sigma
     return loss
