@@ -384,7 +384,8 @@ class TPSGD(Optimizer):
         """Before pooling and the like: what comes in is the output of the layer before."""
         run = self._run
         if run is not None and args and isinstance(args[0], Tensor) and args[0].requires_grad:
-            for layer in run.layers()[-1:]:
+            layer = self._maker(args[0])
+            if isinstance(layer, _LAYERS):
                 run.outputs.setdefault(layer, args[0].clone() if getattr(module, "inplace", False) else args[0])
 
     def _keep_state(self, cell: nn.Module, args: Any, output: Any) -> None:
@@ -401,16 +402,40 @@ class TPSGD(Optimizer):
             return PackedSequence(self._cut(tensor.data), *tensor[1:])
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return tensor
-        for layer, output in list(run.outputs.items()):
-            self._local(layer, output)
-        layers = run.layers()
-        if layers:
-            self._local(layers[-1], tensor)
-        elif run.waiting:  # an embedding, or a normalisation, that goes with the layer to come
+        made = maker = self._maker(tensor)
+        if run.outputs:
+            for layer in list(run.outputs):
+                if layer in run.outputs:
+                    self._local(layer, run.outputs[layer])
+            maker = self._maker(tensor)
+        if isinstance(maker, _LAYERS):
+            self._local(maker, tensor)
+        elif maker is not None:  # an embedding, or a normalisation, that goes with the layer to come
             return tensor
-        if tensor._is_view():
+        # A parameter stays one, and what no module that waits has made may be part of a graph that is still needed.
+        if made is None or tensor.is_leaf or tensor._is_view():
             return tensor.detach()
         return tensor.detach_()  # in place: skip connections hold it as well
+
+    def _maker(self, tensor: Tensor) -> nn.Module | None:
+        """The last of the layers that wait and that the graph of a tensor leads to, or else a module that waits."""
+        run = self._run
+        assert run is not None  # hooks look
+        order = sorted(run.waiting, key=lambda module: isinstance(module, _LAYERS))  # stable: layers come last
+        owners: dict[Any, int] = {param: place for place, module in enumerate(order) for param in _trainable(module)}
+        found, nodes = -1, [tensor.grad_fn]
+        seen = set(nodes)
+        for node in nodes:  # the nearest first, while more are appended
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, Tensor):
+                found = max(found, owners.get(variable, -1))
+                if found == len(order) - 1:
+                    break
+            for following, _ in node.next_functions if node is not None else ():
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    nodes.append(following)
+        return order[found] if found >= 0 else None
 
     def _cut_cell(self, cell: nn.Module, tensor: Any) -> Any:
         """The same for the input of a cell; those below it are done when their last state is known."""
@@ -422,8 +447,9 @@ class TPSGD(Optimizer):
         for layer in layers:
             if layer in run.outputs:
                 self._local(layer, run.outputs[layer])
-        for layer in [layer for layer in layers if layer in run.waiting][-1:]:
-            self._local(layer, tensor)
+        maker = self._maker(tensor)
+        if maker in layers:
+            self._local(maker, tensor)
         if not layers and any(not isinstance(module, _LAYERS) for module in run.waiting):
             if any(layer is not cell for layer in run.layers()):
                 raise RuntimeError(f"{self._title(cell)}: embeddings below several cells need their modules")

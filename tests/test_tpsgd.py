@@ -623,6 +623,109 @@ def test_a_module_that_is_used_twice_has_the_sum_of_its_gradients():
     torch.testing.assert_close(model.shared.weight.grad, expected, rtol=1e-12, atol=1e-12)
 
 
+# Nets that are no chain
+
+
+class Net(nn.Module):
+    """Modules by name, and a forward pass that is a function of them and the input."""
+
+    def __init__(self, run, **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor):
+        return self.run(self, x)
+
+
+def test_a_parameter_and_a_leaf_that_a_layer_reads_stay_what_they_are():
+    leaf = torch.ones(9, 3, requires_grad=True)
+    model = Net(
+        lambda m, i: m.head(m.left(m.table.weight)[i] + m.right(leaf)[i]),
+        table=nn.Embedding(9, 3), left=nn.Linear(3, 4), right=nn.Linear(3, 4), head=nn.Linear(4, CLASSES),
+    )  # fmt: skip
+    with make(model).targets(torch.tensor([0, 1])):
+        model(torch.tensor([3, 5]))
+    assert model.table.weight.requires_grad
+    assert leaf.requires_grad
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in (model.left, model.right))
+
+
+def two_inputs(width: int) -> nn.Module:
+    model = Net(
+        lambda m, x: m.head(m.left(x).relu(), m.right(x).relu()),
+        left=nn.Linear(4, 6), right=nn.Linear(4, width), head=nn.Bilinear(6, width, CLASSES),
+    )  # fmt: skip
+    return weights(model)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("width", [6, 7])
+def test_branches_have_targets_of_their_own(width, in_forward):
+    model = two_inputs(width)
+    before = copy.deepcopy(model)
+    optimizer = make(model, update_in_forward=in_forward)
+    x, y = batch(mlp(6))
+    with optimizer.targets(y):
+        model(x)
+    optimizer.step()
+    for name in ("left", "right"):
+        layer = getattr(before, name)
+        P = optimizer._projections[optimizer._places[getattr(model, name)], 0]
+        loss = (layer(x).relu() - P[y]).square().sum() / 2 / len(y)
+        (grad,) = torch.autograd.grad(loss, layer.weight)
+        torch.testing.assert_close(getattr(model, name).weight, layer.weight - 0.1 * grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("conv_target", ["full", "channel"])
+def test_convolutions_side_by_side_may_be_pooled_one_after_the_other(conv_target):
+    def late(m, tokens):
+        x = m.table(tokens).transpose(1, 2)
+        maps = [m.three(x).relu(), m.four(x).relu()]
+        return m.head(torch.cat([m.pool(h).squeeze(-1) for h in maps], 1))
+
+    def early(m, tokens):
+        x = m.table(tokens).transpose(1, 2)
+        return m.head(torch.cat([m.pool(conv(x).relu()).squeeze(-1) for conv in (m.three, m.four)], 1))
+
+    rows = []
+    for run in (late, early):
+        model = Net(run, table=nn.Embedding(9, 3), three=nn.Conv1d(3, 4, 3), four=nn.Conv1d(3, 5, 4),
+                    pool=nn.AdaptiveMaxPool1d(1), head=nn.Linear(9, CLASSES))  # fmt: skip
+        weights(model)
+        x, y = batch(Reader())
+        with make(model, conv_target=conv_target).targets(y):
+            model(x)
+        rows.append(grads(model))
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in rows[-1])
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_two_layers_that_read_one_embedding_or_norm_train_it_together(in_forward):
+    model = Net(
+        lambda m, i: m.head(m.left(m.norm(m.table(i))).tanh() * m.right(m.norm.last)),
+        table=nn.Embedding(9, 4), norm=nn.LayerNorm(4), left=nn.Linear(4, 6), right=nn.Linear(4, 6),
+        head=nn.Linear(6, CLASSES),
+    )  # fmt: skip
+    model.norm.register_forward_hook(lambda norm, args, out: setattr(norm, "last", out))
+    weights(model)
+    model.norm.last = None
+    before = copy.deepcopy(model)
+    optimizer = make(model, update_in_forward=in_forward)
+    x, y = batch(Reader())[0][:, 0], batch(Reader())[1]
+    with optimizer.targets(y):
+        model(x)
+    optimizer.step()
+    (P,) = (P for (place, _), P in optimizer._projections.items() if place == optimizer._places[model.right])
+    e = before.norm(before.table(x))
+    loss = (before.left(e).tanh() * before.right(e) - P[y]).square().sum() / 2 / len(y)
+    params = list(before.parameters())[:-2]
+    for p, new, grad in zip(params, model.parameters(), torch.autograd.grad(loss, params), strict=False):
+        torch.testing.assert_close(new, p - 0.1 * grad, rtol=1e-12, atol=1e-12)
+
+
 # Memory, precision, compilers
 
 
