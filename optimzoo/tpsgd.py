@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from optimzoo import random
+from optimzoo.adagrad import AdaGradNorm
 from optimzoo.optimizer import check_flags, check_number
 
 _LAYERS = (nn.Linear, nn.Bilinear, conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
@@ -140,7 +141,8 @@ class TPSGD(Optimizer):
         update_in_forward: update a layer as soon as its output has been made, and keep no gradient; ``step`` then does
             nothing. Later layers see the output from before the update. Default ``False``.
         store_projections: keep :math:`P_i` between calls; if false it is made anew from the seed. Default ``True``.
-        seed: of the projections, an integer; by default one is drawn from torch's generator.
+        seed: of the projections, an integer; by default one is drawn from torch's generator. All processes of a
+            ``DistributedDataParallel`` have that of the first.
         **options: further arguments of ``base``: ``momentum``, ``weight_decay``.
 
     Raises:
@@ -201,6 +203,10 @@ class TPSGD(Optimizer):
         groups = _groups(names, dict(per_layer_lr or {}), lr, update_in_forward)
         for name, rate in [("lr", lr), *((f"per_layer_lr[{n!r}]", r) for n, r in (per_layer_lr or {}).items())]:
             check_number(name, rate, 0.0, math.inf, "finite and >= 0")
+        if self.process_group is not None:  # all processes have the targets of the first
+            shared = torch.tensor(seed, device=next(model.parameters()).device)
+            torch.distributed.broadcast(shared, group=self.process_group, group_src=0)
+            seed = int(shared)
         for group in groups:
             group["projection_seed"] = seed
 
@@ -213,6 +219,12 @@ class TPSGD(Optimizer):
         super().__init__(groups, dict(lr=lr))
         make: Callable[..., Optimizer] = base
         self.base = make(self.param_groups, lr=lr, **options)
+        bound = self.base.defaults.get("max_grad_norm")
+        if update_in_forward and (bound is not None or isinstance(self.base, AdaGradNorm)):
+            what = f"max_grad_norm={bound!r}" if bound is not None else type(self.base).__name__
+            raise ValueError(
+                f"{what} needs the gradients of all layers together, and update_in_forward has those of one"
+            )
         self._share()
         self._attach()
 
@@ -290,6 +302,8 @@ class TPSGD(Optimizer):
         if not self._handles:
             raise RuntimeError("the optimizer has been closed, or a later one trains its model")
         self._run = _Run(targets, loss or self._true_loss)
+        if self.update_in_forward:
+            self.zero_grad()  # a layer's step is one of all groups, of which one has gradients
         stacks = [module for module in self._names if isinstance(module, nn.RNNBase)]
         for stack in stacks:
             vars(stack)["forward"] = functools.partial(self._recurrent, stack)
@@ -575,11 +589,24 @@ class TPSGD(Optimizer):
         """Differentiate back to the parameters of the modules that wait, and to no others."""
         run = self._run
         assert run is not None  # hooks look
-        waiting: dict[nn.Module, Any] = {m: run.edges[m][:1] if m in run.edges else _trainable(m) for m in run.waiting}
+        waiting: dict[nn.Module, Any] = {m: _trainable(m) for m in run.waiting}
+        for module, (edge, _) in run.edges.items():
+            # With the bias, autograd runs the layer's node and frees its input, which a skip connection may lead to.
+            # That of a second use would be added to the first's.
+            waiting[module] = [edge] if module in run.trained else [edge, module.bias]
         sources = list(dict.fromkeys(source for row in waiting.values() for source in row))
         if not sources:
             return
-        grads = torch.autograd.grad(output, sources, grad, allow_unused=True)
+        try:
+            grads = torch.autograd.grad(output, sources, grad, allow_unused=True)
+        except RuntimeError as error:
+            for module in run.waiting:
+                if module in run.trained:
+                    raise RuntimeError(
+                        f"{self._title(module)} is used again, and a skip connection that starts before an activation "
+                        "or a norm leads back to its first use: start it after them, or use another module"
+                    ) from error
+            raise
         found = {source: new for source, new in zip(sources, grads, strict=True) if new is not None}
         groups = []
         for module, row in waiting.items():
@@ -588,9 +615,10 @@ class TPSGD(Optimizer):
             del run.waiting[module]
             run.outputs.pop(module, None)
             run.trained.add(module)
-            if module in run.edges:
+            if module in run.edges and run.edges[module][0] in found:
                 edge, inputs = run.edges.pop(module)
-                self._update_linear(cast(nn.Linear, module), found.pop(edge), inputs)
+                bias = found.pop(module.bias, None)
+                self._update_linear(cast(nn.Linear, module), found.pop(edge), bias, inputs)
             elif self.update_in_forward:
                 groups.append(self.param_groups[self._numbers[module]])
         if not found:
@@ -604,7 +632,8 @@ class TPSGD(Optimizer):
             return
         for param, new in found.items():
             param.grad = new
-        self.base.param_groups = groups
+        if type(self.base).__module__.startswith("torch.optim."):  # others may number their groups, as seeds do
+            self.base.param_groups = groups
         try:
             self.base.step()
         finally:
@@ -621,16 +650,15 @@ class TPSGD(Optimizer):
         group = self.param_groups[self._numbers[layer]]
         others = any(group[name] for name in ("momentum", "weight_decay", "nesterov", "maximize", "differentiable"))
         same = output.dtype == args[0].dtype == layer.weight.dtype  # no autocast
-        whole = len(_trainable(layer)) == 1 + (layer.bias is not None)
+        whole = len(_trainable(layer)) == 2  # with a bias, for which the layer's node is run, and lets its input go
         if same and whole and not others and not isinstance(group["lr"], Tensor):
             run.edges[layer] = get_gradient_edge(output), args[0]
 
     @torch.no_grad()
-    def _update_linear(self, layer: nn.Linear, delta: Tensor, inputs: Tensor) -> None:
+    def _update_linear(self, layer: nn.Linear, delta: Tensor, bias: Tensor | None, inputs: Tensor) -> None:
         rows, lr = delta.flatten(0, -2), self.param_groups[self._numbers[layer]]["lr"]
         layer.weight.addmm_(rows.T, inputs.flatten(0, -2), alpha=-lr)
-        if layer.bias is not None:
-            layer.bias.sub_(rows.sum(0), alpha=lr)
+        layer.bias.sub_(rows.sum(0) if bias is None else bias, alpha=lr)
 
     def _title(self, module: nn.Module) -> str:
         return f"{self._names[module] or 'the model'!r} ({type(module).__name__})"

@@ -726,6 +726,98 @@ def test_two_layers_that_read_one_embedding_or_norm_train_it_together(in_forward
         torch.testing.assert_close(new, p - 0.1 * grad, rtol=1e-12, atol=1e-12)
 
 
+def residual(depth: int, shared: bool = False) -> nn.Module:
+    """A net whose skip connections start before the activation."""
+
+    def run(m, x):
+        x = m.stem(x)
+        for layer in m.layers:
+            x = x + layer(x.tanh())
+        return m.head(x)
+
+    layers = [nn.Linear(6, 6)] * depth if shared else [nn.Linear(6, 6) for _ in range(depth)]
+    return weights(Net(run, stem=nn.Linear(4, 6), layers=nn.ModuleList(layers), head=nn.Linear(6, CLASSES)))
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_a_skip_that_starts_before_an_activation_keeps_no_activations(in_forward):
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            alive.add(self)
+            peak.append(len(alive))
+
+    x, y = batch(mlp(6))
+    peaks = []
+    for depth in (4, 8):
+        model, alive, peak = residual(depth), weakref.WeakSet(), []
+        optimizer = make(model, update_in_forward=in_forward)
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor), optimizer.targets(y):
+            model(x)
+        peaks.append(max(peak))
+    assert peaks[0] == peaks[1]
+
+
+def test_a_module_that_is_used_twice_through_such_a_skip():
+    x, y = batch(mlp(6))
+    model = residual(2, shared=True)
+    message = r"'layers\.0' \(Linear\) is used again, and a skip connection that starts before an activation"
+    with pytest.raises(RuntimeError, match=message), make(model).targets(y):
+        model(x)
+    model, before = residual(2, shared=True), residual(2, shared=True)
+    optimizer = make(model, update_in_forward=True)  # which asks for the gradient of each use alone
+    with optimizer.targets(y):
+        model(x)
+    P, layer = optimizer._projections[optimizer._places[model.layers[0]], 0], before.layers[0]
+    hidden = before.stem(x).detach()
+    for following in (torch.tanh, lambda out: out):  # what the next layer gets
+        new = hidden + layer(hidden.tanh())
+        loss = (following(new) - P[y]).square().sum() / 2 / len(y)
+        for param, grad in zip(layer.parameters(), torch.autograd.grad(loss, list(layer.parameters())), strict=True):
+            param.data.sub_(0.1 * grad)
+        hidden = new.detach()
+    torch.testing.assert_close(list(model.layers.parameters()), list(layer.parameters()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(base=optimzoo.DaleLangevin, temperature=1.0),
+        dict(base=optimzoo.AdaBelief, rounding="stochastic"),
+        dict(base=optimzoo.DiffGrad, rounding="stochastic"),
+    ],
+    ids=lambda settings: settings["base"].__name__,
+)
+def test_random_bases_have_the_numbers_of_a_common_step(settings):
+    results = []
+    for in_forward in (False, True):
+        model = mlp(4, 4).to(torch.bfloat16)
+        optimizer = make(model, 0.01, update_in_forward=in_forward, **settings)
+        for seed in range(3):
+            x, y = batch(model, seed)
+            optimizer.zero_grad()
+            with optimizer.targets(y):
+                model(x.bfloat16())
+            optimizer.step()
+        results.append(bits(list(model.parameters())))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, optimzoo.DiffGrad])
+def test_gradients_from_elsewhere_take_no_part_in_updates_in_the_forward_pass(base):
+    results = []
+    for stale in (False, True):
+        model = mlp(6, 7)
+        optimizer = make(model, base=base, update_in_forward=True)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if stale else None
+        x, y = batch(model)
+        with optimizer.targets(y):
+            model(x)
+        results.append(bits(list(model.parameters())))
+    assert results[0] == results[1]
+
+
 # Memory, precision, compilers
 
 
@@ -818,6 +910,14 @@ WRONG = {
     r"seed must be a whole number": (ValueError, lambda: make(mlp(6), seed=-1)),
     r"base must be a class of optimizers.*LBFGS": (TypeError, lambda: make(mlp(6), base=torch.optim.LBFGS)),
     r"base must be a class of optimizers.*got 'sgd'": (TypeError, lambda: make(mlp(6), base="sgd")),
+    r"max_grad_norm=1.0 needs the gradients of all layers": (
+        ValueError,
+        lambda: make(mlp(6), base=optimzoo.DiffGrad, max_grad_norm=1.0, update_in_forward=True),
+    ),
+    r"AdaGradNorm needs the gradients of all layers": (
+        ValueError,
+        lambda: make(mlp(6), base=optimzoo.AdaGradNorm, update_in_forward=True),
+    ),
     r"Invalid momentum": (ValueError, lambda: make(mlp(6), momentum=-1)),
 }
 

@@ -41,6 +41,12 @@ def worker(rank: int, folder: str) -> None:
             train(shared, DistributedDataParallel(shared), settings, slice(4 * rank, 4 * rank + 4))
             ours, theirs = list(shared.parameters()), list(alone.parameters())
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    torch.manual_seed(rank)
+    drawn = [None, None]
+    dist.all_gather_object(
+        drawn, make(DistributedDataParallel(mlp(6, 7)), seed=None).param_groups[0]["projection_seed"]
+    )
+    assert drawn[0] == drawn[1]
     dist.destroy_process_group()
 
 
