@@ -250,6 +250,11 @@ class TPSGD(Optimizer):
         hooks = [h for m in self._names for h in m._forward_pre_hooks.values() if isinstance(h, _Hook)]
         for owner in {hook.owner for hook in hooks} - {None, self}:
             owner.close()  # or both would train the model
+        for module in self._names:  # those of a copy have no owner
+            for table in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in table.items() if isinstance(hook, _Hook) and hook.owner is None]:
+                    del table[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         before = dict(with_kwargs=True)
         self._handles = [self.model.register_forward_pre_hook(_Hook(self._begin), **before)]
         for module in self._names:
@@ -270,6 +275,8 @@ class TPSGD(Optimizer):
         self._handles = []
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError("the optimizer of a DistributedDataParallel cannot be copied or pickled; use state_dict()")
         kept = ("model", "num_classes", "target_dim", "local_loss", "projection", "conv_target", "bptt", "base",
                 "update_in_forward", "store_projections", "process_group", "_names", "_places",
                 "_numbers")  # fmt: skip
@@ -292,7 +299,8 @@ class TPSGD(Optimizer):
 
         Raises:
             TypeError, ValueError: the targets are missing, of a wrong dtype or shape, or out of range.
-            RuntimeError: it is nested, or the optimizer has been closed.
+            RuntimeError: it is nested, the model has not been called at its end, the model has a trainable parameter
+                that the optimizer does not know, or the optimizer has been closed.
 
         Gradients add up over forward passes, as those of ``backward`` do. What the model returns has no graph.
         """
@@ -301,7 +309,11 @@ class TPSGD(Optimizer):
             raise RuntimeError("targets cannot be nested")
         if not self._handles:
             raise RuntimeError("the optimizer has been closed, or a later one trains its model")
-        self._run = _Run(targets, loss or self._true_loss)
+        known = {param for group in self.param_groups for param in group["params"]}
+        for name, param in self.model.named_parameters():
+            if param.requires_grad and param not in known:
+                raise RuntimeError(f"{name!r} is new or was frozen when the optimizer was made: make another")
+        self._run = begun = _Run(targets, loss or self._true_loss)
         if self.update_in_forward:
             self.zero_grad()  # a layer's step is one of all groups, of which one has gradients
         stacks = [module for module in self._names if isinstance(module, nn.RNNBase)]
@@ -310,6 +322,8 @@ class TPSGD(Optimizer):
         try:
             with torch.no_grad():  # DistributedDataParallel would wait for a backward pass
                 yield
+            if self._run is begun:
+                raise RuntimeError("the model was not called within targets; calls of its parts train nothing")
         finally:
             self._run = None
             for stack in stacks:
@@ -320,12 +334,16 @@ class TPSGD(Optimizer):
             raise TypeError(f"targets must be a tensor, got {targets!r}")
         if targets.numel() == 0:
             raise ValueError(f"targets must not be empty, got shape {tuple(targets.shape)}")
+        if self.num_classes is not None and targets.dim() == 0:
+            raise ValueError("targets must have a dimension of samples, got a scalar")
         if self.num_classes is None:
             if not targets.is_floating_point() or targets.dim() < 2 or targets.shape[-1] != self.target_dim:
                 raise ValueError(
                     f"targets must be floating-point of shape (samples, {self.target_dim}), "
                     f"got {targets.dtype} of shape {tuple(targets.shape)}"
                 )
+            if not targets.isfinite().all():
+                raise ValueError("targets must be finite")
             return
         if targets.dtype is not torch.int64:
             raise TypeError(f"targets must be class numbers of dtype torch.int64, got {targets.dtype}")
@@ -334,6 +352,14 @@ class TPSGD(Optimizer):
             raise ValueError(f"targets must be from 0 to {self.num_classes - 1}, got {low if low < 0 else high}")
 
     def _true_loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        samples = targets.shape if self.num_classes is not None else targets.shape[:-1]
+        expected = (*samples, self.num_classes or self.target_dim)
+        if not isinstance(output, Tensor) or output.shape != expected:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"the output of the model must be a tensor of shape {expected} for targets of shape "
+                f"{tuple(targets.shape)}, or give a loss; got {got}"
+            )
         if self.num_classes is None:
             return F.mse_loss(output, targets)
         return F.cross_entropy(output.flatten(0, -2), targets.flatten())
@@ -377,6 +403,9 @@ class TPSGD(Optimizer):
         if isinstance(module, nn.RNNCellBase):
             if module in run.trained:
                 raise RuntimeError(f"{self._title(module)} is called after a layer has used its state: use its module")
+            states = args[1:], {name: value for name, value in kwargs.items() if name != "input"}
+            if _trainable(module) and module not in run.waiting and _requires_grad(states):
+                raise RuntimeError(f"{self._title(module)}: no gradient reaches what made its first state; detach it")
             cut: Callable[[Any], Any] = functools.partial(self._cut_cell, module)
             if self.bptt:  # the state carries the gradient through time
                 args = (*map(cut, args[:1]), *args[1:])
@@ -521,9 +550,11 @@ class TPSGD(Optimizer):
         if not isinstance(y, Tensor) or y.dim() <= lead or y.shape[:lead] != targets.shape[:lead]:
             raise ValueError(
                 f"targets of shape {tuple(targets.shape)} do not fit the output of {self._title(layer)}, of shape "
-                f"{tuple(_data(y).shape)}: the first {lead} dimensions must agree"
+                f"{tuple(_data(y).shape)}: the first {lead} dimensions must agree, and those of units follow"
             )
         is_map = isinstance(layer, conv._ConvNd)
+        if is_map:
+            y = _map(cast(conv._ConvNd, layer), y, lead)
         if is_map and self.conv_target == "channel":
             y = y.flatten(lead + 1).mean(-1) if y.dim() > lead + 1 else y
         projection = self._projection(layer, k, y.shape[lead:] if is_map else y.shape[-1:], y)
@@ -566,7 +597,8 @@ class TPSGD(Optimizer):
         number = self._places[layer]
         shape = (self.num_classes or self.target_dim or 0, *units)
         stored = self._projections.get((number, k))
-        if stored is not None and stored.shape == shape and stored.device == like.device:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if stored is not None and (stored.shape, stored.device, stored.dtype) == (shape, like.device, dtype):
             return stored
         if stored is not None and stored.shape != shape:
             raise ValueError(
@@ -574,7 +606,6 @@ class TPSGD(Optimizer):
                 "conv_target='channel' is for maps whose size varies"
             )
         with torch.no_grad():
-            dtype = torch.promote_types(like.dtype, torch.float32)
             normal = torch.empty(1, shape[0], math.prod(units), dtype=dtype, device=like.device)
             seed = self.param_groups[0]["projection_seed"]
             normal = random.normal(normal, seed=seed, draw=number << 8 | k).view(shape)
@@ -685,7 +716,8 @@ class TPSGD(Optimizer):
         Raises:
             ValueError: it does not fit; nothing has changed then.
         """
-        if any("projection_seed" not in group for group in state_dict.get("param_groups", ())):
+        saved = state_dict.get("param_groups")
+        if "state" not in state_dict or not saved or any("projection_seed" not in group for group in saved):
             raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
         self.base.load_state_dict(state_dict)
         self._share()
@@ -747,6 +779,18 @@ def _only_layer(module: nn.RNNBase, k: int) -> Iterator[None]:
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module._parameters.values() if param is not None and param.requires_grad]
+
+
+def _map(layer: conv._ConvNd, y: Tensor, lead: int) -> Tensor:
+    """The output of a convolution with its channels after the samples, where a flatten or transpose came last."""
+    channels = layer.out_channels
+    if y.shape[lead] == channels:
+        return y
+    viewed = y._is_view() or "View" in type(y.grad_fn).__name__
+    if y.dim() == lead + 1:
+        return y.reshape(*y.shape[:lead], channels, -1) if viewed and y.shape[lead] % channels == 0 else y
+    moved = viewed or y.dim() != 1 + lead + len(layer.kernel_size)
+    return y.movedim(-1, lead) if moved and y.shape[-1] == channels else y
 
 
 def _data(value: Any) -> Any:

@@ -726,6 +726,41 @@ def test_two_layers_that_read_one_embedding_or_norm_train_it_together(in_forward
         torch.testing.assert_close(new, p - 0.1 * grad, rtol=1e-12, atol=1e-12)
 
 
+FLAT = {
+    "flatten": lambda h: h.flatten(1),
+    "torch.flatten": lambda h: torch.flatten(h, 1),
+    "view": lambda h: h.view(len(h), -1),
+    "of other strides": lambda h: h.contiguous(memory_format=torch.channels_last).flatten(1),
+    "positions": lambda h: h.flatten(2),
+    "transposed": lambda h: h.flatten(2).transpose(1, 2),
+    "permuted": lambda h: h.permute(0, 2, 3, 1),
+    "scaled": lambda h: h.flatten(2).transpose(1, 2) * 1.0,
+}
+
+
+@pytest.mark.parametrize("conv_target", ["full", "channel"])
+@pytest.mark.parametrize("local_loss", ["l2", "cross_entropy"])
+@pytest.mark.parametrize("name", FLAT)
+def test_flatten_and_transpose_as_functions_change_no_target(name, local_loss, conv_target):
+    x, y = normal(0, 6, 2, 5, 6), batch(mlp(6))[1]
+    rows = []
+    for end in (nn.Dropout(0.0), nn.Identity()):  # the first ends the layer, so that the map itself is its output
+        model = Net(
+            lambda m, x: m.head(FLAT[name](m.end(m.conv(x).tanh()))).reshape(len(x), -1, CLASSES).mean(1),
+            conv=nn.Conv2d(2, 4, 3), end=end, head=nn.Linear(FLAT[name](torch.ones(1, 4, 3, 4)).shape[-1], CLASSES),
+        )  # fmt: skip
+        weights(model)
+        optimizer = make(model, local_loss=local_loss, conv_target=conv_target)
+        with optimizer.targets(y):
+            model(x)
+        rows.append([*grads(model)[:2], optimizer._projections[optimizer._places[model.conv], 0]])
+        if conv_target == "channel":
+            assert rows[-1][-1].shape == (CLASSES, 4)
+        else:
+            rows[-1][-1] = rows[-1][-1].flatten(2)
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-12)
+
+
 def residual(depth: int, shared: bool = False) -> nn.Module:
     """A net whose skip connections start before the activation."""
 
@@ -941,10 +976,15 @@ LABELS = {
     r"must be class numbers of dtype torch.int64, got torch.float32": (TypeError, torch.ones(6)),
     r"from 0 to 4, got 5": (ValueError, torch.tensor([0, 5])),
     r"from 0 to 4, got -1": (ValueError, torch.tensor([0, -1])),
+    r"targets must have a dimension of samples": (ValueError, torch.tensor(1)),
     r"must not be empty": (ValueError, torch.empty(0, dtype=torch.int64)),
     r"targets of shape \(2,\) do not fit the output of '0' \(Linear\), of shape \(6, 6\)": (
         ValueError,
         torch.tensor([0, 1]),
+    ),
+    r"\(6, 6\) do not fit .* of shape \(6, 6\): the first 2 dimensions must agree, and those of units follow": (
+        ValueError,
+        torch.zeros(6, 6, dtype=torch.int64),
     ),
 }
 
@@ -963,6 +1003,72 @@ def test_wrong_labels_are_named(message):
     assert bits([saved(optimizer), *model.parameters()]) == before
     assert grads(model) == [None] * 4
     train(model, optimizer)  # goes on
+
+
+@pytest.mark.parametrize("settings", [dict(num_classes=3), dict(num_classes=6), dict(target_dim=3)])
+def test_an_output_of_another_shape_is_named_before_it_changes_the_last_layer(settings):
+    model = nn.Sequential(nn.Linear(4, 1 if "target_dim" in settings else 5)).double()
+    optimizer = TPSGD(model, 0.1, **settings)
+    y = torch.ones(6, 3) if "target_dim" in settings else torch.zeros(6, dtype=torch.int64)
+    message = r"the output of the model must be a tensor of shape \(6, \d\) for targets .*; got \(6, [15]\)"
+    with pytest.raises(ValueError, match=message), optimizer.targets(y):
+        model(batch(mlp(6))[0])
+    assert grads(model) == [None, None]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_targets_that_are_not_finite_are_named(bad):
+    with (
+        pytest.raises(ValueError, match="targets must be finite"),
+        TPSGD(mlp(6, last=3), target_dim=3).targets(torch.tensor([[0.0, bad, 1.0]])),
+    ):
+        pass
+
+
+def test_a_context_in_which_the_model_was_not_called_is_an_error():
+    model = mlp(6)
+    optimizer = make(model)
+    x, y = batch(model)
+    with pytest.raises(RuntimeError, match="the model was not called within targets"), optimizer.targets(y):
+        model[2](model[1](model[0](x)))
+    assert torch.is_grad_enabled()
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_a_layer_that_is_unfrozen_or_replaced_later_is_named(in_forward):
+    model = mlp(6, 7)
+    model[2].requires_grad_(False)
+    optimizer = make(model, update_in_forward=in_forward)
+    train(model, optimizer)
+    model[2].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'2\.weight' is new or was frozen"):
+        train(model, optimizer)
+
+
+def test_copies_of_copies_have_no_more_hooks_than_their_origin():
+    optimizer = make(mlp(6))
+
+    def count() -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in optimizer.model.modules())
+
+    before = count()
+    for _ in range(3):
+        optimizer = copy.deepcopy(optimizer)
+        assert count() == before
+    train(optimizer.model, optimizer)
+
+
+def test_projections_follow_the_dtype_of_the_model():
+    model = mlp(6).float()
+    optimizer = make(model)
+    x, y = batch(model)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        optimizer.zero_grad()
+        with optimizer.targets(y):
+            model(x.to(dtype))
+        assert {P.dtype for P in optimizer._projections.values()} == {dtype}
 
 
 @pytest.mark.parametrize("y", [torch.ones(6, 2), torch.ones(6), torch.ones(6, 3, dtype=torch.int64)])
@@ -992,6 +1098,8 @@ def test_training_without_targets_and_evaluation_with_them_are_errors():
     train(model, optimizer)
     with pytest.raises(ValueError, match="not one of TPSGD"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    with pytest.raises(ValueError, match="not one of TPSGD"):
+        optimizer.load_state_dict({})
     with torch.inference_mode(), pytest.raises(RuntimeError, match="the loss has no graph"):
         train(model, optimizer)
 
@@ -1067,6 +1175,14 @@ def test_recurrent_layers_say_what_they_cannot_do():
             return self.head(self.gru(x, self.start(x[:1]))[0][-1])
 
     model, y = FromState(), torch.tensor([0, 1])
+    cell = Net(
+        lambda m, x: m.head(m.cell(x[0], m.start(x[0]))),
+        start=nn.Linear(3, 4), cell=nn.GRUCell(3, 4), head=nn.Linear(4, CLASSES),
+    )  # fmt: skip
+    for bptt in (True, False):
+        message = r"'cell' \(GRUCell\): no gradient reaches what made its first state"
+        with pytest.raises(RuntimeError, match=message), make(cell, bptt=bptt).targets(y):
+            cell(torch.randn(5, 2, 3))
     message, optimizer = r"'gru' \(GRU\): no gradient reaches what made its first state", make(model)
     with pytest.raises(RuntimeError, match=message), optimizer.targets(y):
         model(torch.randn(5, 2, 3))
