@@ -111,7 +111,7 @@ class TPSGD(Optimizer):
         W_i &\leftarrow W_i - \gamma\, \frac{1}{n} \sum_n \delta_i x_i^\top
 
     :math:`y^*` is the one-hot label, and :math:`P_i` is drawn once and never trained. The last layer has the gradient
-    of the true loss. No gradient crosses a layer, and no layer's activations are kept for another::
+    of the true loss. No gradient crosses a layer, and in a chain no layer's activations are kept for another::
 
         with optimizer.targets(labels):
             logits = model(inputs)
@@ -136,7 +136,8 @@ class TPSGD(Optimizer):
             over positions, which also serves maps whose size varies. Default ``"full"``.
         bptt: gradients of a recurrent layer go back through its own time steps; if false, through the last alone, in
             constant memory. Default ``True``.
-        base: the optimizer that applies the gradients. Default ``torch.optim.SGD``.
+        base: the optimizer that applies the gradients. Default ``torch.optim.SGD``. One that needs those of all layers
+            together cannot have ``update_in_forward``.
         per_layer_lr: step sizes of modules that are not to have ``lr``, by name.
         update_in_forward: update a layer as soon as its output has been made, and keep no gradient; ``step`` then does
             nothing. Later layers see the output from before the update. Default ``False``.
@@ -302,7 +303,8 @@ class TPSGD(Optimizer):
             RuntimeError: it is nested, the model has not been called at its end, the model has a trainable parameter
                 that the optimizer does not know, or the optimizer has been closed.
 
-        Gradients add up over forward passes, as those of ``backward`` do. What the model returns has no graph.
+        Gradients add up over forward passes, as those of ``backward`` do. What the model returns has no graph. If the
+        pass raises, layers before that have their gradients, or with ``update_in_forward`` have moved.
         """
         self._check_targets(targets)
         if self._run is not None:
