@@ -623,6 +623,236 @@ def test_a_module_that_is_used_twice_has_the_sum_of_its_gradients():
     torch.testing.assert_close(model.shared.weight.grad, expected, rtol=1e-12, atol=1e-12)
 
 
+# Nets that are no chain
+
+
+class Net(nn.Module):
+    """Modules by name, and a forward pass that is a function of them and the input."""
+
+    def __init__(self, run, **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor):
+        return self.run(self, x)
+
+
+def test_a_parameter_and_a_leaf_that_a_layer_reads_stay_what_they_are():
+    leaf = torch.ones(9, 3, requires_grad=True)
+    model = Net(
+        lambda m, i: m.head(m.left(m.table.weight)[i] + m.right(leaf)[i]),
+        table=nn.Embedding(9, 3), left=nn.Linear(3, 4), right=nn.Linear(3, 4), head=nn.Linear(4, CLASSES),
+    )  # fmt: skip
+    with make(model).targets(torch.tensor([0, 1])):
+        model(torch.tensor([3, 5]))
+    assert model.table.weight.requires_grad
+    assert leaf.requires_grad
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in (model.left, model.right))
+
+
+def two_inputs(width: int) -> nn.Module:
+    model = Net(
+        lambda m, x: m.head(m.left(x).relu(), m.right(x).relu()),
+        left=nn.Linear(4, 6), right=nn.Linear(4, width), head=nn.Bilinear(6, width, CLASSES),
+    )  # fmt: skip
+    return weights(model)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("width", [6, 7])
+def test_branches_have_targets_of_their_own(width, in_forward):
+    model = two_inputs(width)
+    before = copy.deepcopy(model)
+    optimizer = make(model, update_in_forward=in_forward)
+    x, y = batch(mlp(6))
+    with optimizer.targets(y):
+        model(x)
+    optimizer.step()
+    for name in ("left", "right"):
+        layer = getattr(before, name)
+        P = optimizer._projections[optimizer._places[getattr(model, name)], 0]
+        loss = (layer(x).relu() - P[y]).square().sum() / 2 / len(y)
+        (grad,) = torch.autograd.grad(loss, layer.weight)
+        torch.testing.assert_close(getattr(model, name).weight, layer.weight - 0.1 * grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("conv_target", ["full", "channel"])
+def test_convolutions_side_by_side_may_be_pooled_one_after_the_other(conv_target):
+    def late(m, tokens):
+        x = m.table(tokens).transpose(1, 2)
+        maps = [m.three(x).relu(), m.four(x).relu()]
+        return m.head(torch.cat([m.pool(h).squeeze(-1) for h in maps], 1))
+
+    def early(m, tokens):
+        x = m.table(tokens).transpose(1, 2)
+        return m.head(torch.cat([m.pool(conv(x).relu()).squeeze(-1) for conv in (m.three, m.four)], 1))
+
+    rows = []
+    for run in (late, early):
+        model = Net(run, table=nn.Embedding(9, 3), three=nn.Conv1d(3, 4, 3), four=nn.Conv1d(3, 5, 4),
+                    pool=nn.AdaptiveMaxPool1d(1), head=nn.Linear(9, CLASSES))  # fmt: skip
+        weights(model)
+        x, y = batch(Reader())
+        with make(model, conv_target=conv_target).targets(y):
+            model(x)
+        rows.append(grads(model))
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in rows[-1])
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_two_layers_that_read_one_embedding_or_norm_train_it_together(in_forward):
+    model = Net(
+        lambda m, i: m.head(m.left(m.norm(m.table(i))).tanh() * m.right(m.norm.last)),
+        table=nn.Embedding(9, 4), norm=nn.LayerNorm(4), left=nn.Linear(4, 6), right=nn.Linear(4, 6),
+        head=nn.Linear(6, CLASSES),
+    )  # fmt: skip
+    model.norm.register_forward_hook(lambda norm, args, out: setattr(norm, "last", out))
+    weights(model)
+    model.norm.last = None
+    before = copy.deepcopy(model)
+    optimizer = make(model, update_in_forward=in_forward)
+    x, y = batch(Reader())[0][:, 0], batch(Reader())[1]
+    with optimizer.targets(y):
+        model(x)
+    optimizer.step()
+    (P,) = (P for (place, _), P in optimizer._projections.items() if place == optimizer._places[model.right])
+    e = before.norm(before.table(x))
+    loss = (before.left(e).tanh() * before.right(e) - P[y]).square().sum() / 2 / len(y)
+    params = list(before.parameters())[:-2]
+    for p, new, grad in zip(params, model.parameters(), torch.autograd.grad(loss, params), strict=False):
+        torch.testing.assert_close(new, p - 0.1 * grad, rtol=1e-12, atol=1e-12)
+
+
+FLAT = {
+    "flatten": lambda h: h.flatten(1),
+    "torch.flatten": lambda h: torch.flatten(h, 1),
+    "view": lambda h: h.view(len(h), -1),
+    "of other strides": lambda h: h.contiguous(memory_format=torch.channels_last).flatten(1),
+    "positions": lambda h: h.flatten(2),
+    "transposed": lambda h: h.flatten(2).transpose(1, 2),
+    "permuted": lambda h: h.permute(0, 2, 3, 1),
+    "scaled": lambda h: h.flatten(2).transpose(1, 2) * 1.0,
+}
+
+
+@pytest.mark.parametrize("conv_target", ["full", "channel"])
+@pytest.mark.parametrize("local_loss", ["l2", "cross_entropy"])
+@pytest.mark.parametrize("name", FLAT)
+def test_flatten_and_transpose_as_functions_change_no_target(name, local_loss, conv_target):
+    x, y = normal(0, 6, 2, 5, 6), batch(mlp(6))[1]
+    rows = []
+    for end in (nn.Dropout(0.0), nn.Identity()):  # the first ends the layer, so that the map itself is its output
+        model = Net(
+            lambda m, x: m.head(FLAT[name](m.end(m.conv(x).tanh()))).reshape(len(x), -1, CLASSES).mean(1),
+            conv=nn.Conv2d(2, 4, 3), end=end, head=nn.Linear(FLAT[name](torch.ones(1, 4, 3, 4)).shape[-1], CLASSES),
+        )  # fmt: skip
+        weights(model)
+        optimizer = make(model, local_loss=local_loss, conv_target=conv_target)
+        with optimizer.targets(y):
+            model(x)
+        rows.append([*grads(model)[:2], optimizer._projections[optimizer._places[model.conv], 0]])
+        if conv_target == "channel":
+            assert rows[-1][-1].shape == (CLASSES, 4)
+        else:
+            rows[-1][-1] = rows[-1][-1].flatten(2)
+    torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-12)
+
+
+def residual(depth: int, shared: bool = False) -> nn.Module:
+    """A net whose skip connections start before the activation."""
+
+    def run(m, x):
+        x = m.stem(x)
+        for layer in m.layers:
+            x = x + layer(x.tanh())
+        return m.head(x)
+
+    layers = [nn.Linear(6, 6)] * depth if shared else [nn.Linear(6, 6) for _ in range(depth)]
+    return weights(Net(run, stem=nn.Linear(4, 6), layers=nn.ModuleList(layers), head=nn.Linear(6, CLASSES)))
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_a_skip_that_starts_before_an_activation_keeps_no_activations(in_forward):
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            alive.add(self)
+            peak.append(len(alive))
+
+    x, y = batch(mlp(6))
+    peaks = []
+    for depth in (4, 8):
+        model, alive, peak = residual(depth), weakref.WeakSet(), []
+        optimizer = make(model, update_in_forward=in_forward)
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor), optimizer.targets(y):
+            model(x)
+        peaks.append(max(peak))
+    assert peaks[0] == peaks[1]
+
+
+def test_a_module_that_is_used_twice_through_such_a_skip():
+    x, y = batch(mlp(6))
+    model = residual(2, shared=True)
+    message = r"'layers\.0' \(Linear\) is used again, and a skip connection that starts before an activation"
+    with pytest.raises(RuntimeError, match=message), make(model).targets(y):
+        model(x)
+    model, before = residual(2, shared=True), residual(2, shared=True)
+    optimizer = make(model, update_in_forward=True)  # which asks for the gradient of each use alone
+    with optimizer.targets(y):
+        model(x)
+    P, layer = optimizer._projections[optimizer._places[model.layers[0]], 0], before.layers[0]
+    hidden = before.stem(x).detach()
+    for following in (torch.tanh, lambda out: out):  # what the next layer gets
+        new = hidden + layer(hidden.tanh())
+        loss = (following(new) - P[y]).square().sum() / 2 / len(y)
+        for param, grad in zip(layer.parameters(), torch.autograd.grad(loss, list(layer.parameters())), strict=True):
+            param.data.sub_(0.1 * grad)
+        hidden = new.detach()
+    torch.testing.assert_close(list(model.layers.parameters()), list(layer.parameters()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(base=optimzoo.DaleLangevin, temperature=1.0),
+        dict(base=optimzoo.AdaBelief, rounding="stochastic"),
+        dict(base=optimzoo.DiffGrad, rounding="stochastic"),
+    ],
+    ids=lambda settings: settings["base"].__name__,
+)
+def test_random_bases_have_the_numbers_of_a_common_step(settings):
+    results = []
+    for in_forward in (False, True):
+        model = mlp(4, 4).to(torch.bfloat16)
+        optimizer = make(model, 0.01, update_in_forward=in_forward, **settings)
+        for seed in range(3):
+            x, y = batch(model, seed)
+            optimizer.zero_grad()
+            with optimizer.targets(y):
+                model(x.bfloat16())
+            optimizer.step()
+        results.append(bits(list(model.parameters())))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, optimzoo.DiffGrad])
+def test_gradients_from_elsewhere_take_no_part_in_updates_in_the_forward_pass(base):
+    results = []
+    for stale in (False, True):
+        model = mlp(6, 7)
+        optimizer = make(model, base=base, update_in_forward=True)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) if stale else None
+        x, y = batch(model)
+        with optimizer.targets(y):
+            model(x)
+        results.append(bits(list(model.parameters())))
+    assert results[0] == results[1]
+
+
 # Memory, precision, compilers
 
 
@@ -715,6 +945,14 @@ WRONG = {
     r"seed must be a whole number": (ValueError, lambda: make(mlp(6), seed=-1)),
     r"base must be a class of optimizers.*LBFGS": (TypeError, lambda: make(mlp(6), base=torch.optim.LBFGS)),
     r"base must be a class of optimizers.*got 'sgd'": (TypeError, lambda: make(mlp(6), base="sgd")),
+    r"max_grad_norm=1.0 needs the gradients of all layers": (
+        ValueError,
+        lambda: make(mlp(6), base=optimzoo.DiffGrad, max_grad_norm=1.0, update_in_forward=True),
+    ),
+    r"AdaGradNorm needs the gradients of all layers": (
+        ValueError,
+        lambda: make(mlp(6), base=optimzoo.AdaGradNorm, update_in_forward=True),
+    ),
     r"Invalid momentum": (ValueError, lambda: make(mlp(6), momentum=-1)),
 }
 
@@ -738,10 +976,15 @@ LABELS = {
     r"must be class numbers of dtype torch.int64, got torch.float32": (TypeError, torch.ones(6)),
     r"from 0 to 4, got 5": (ValueError, torch.tensor([0, 5])),
     r"from 0 to 4, got -1": (ValueError, torch.tensor([0, -1])),
+    r"targets must have a dimension of samples": (ValueError, torch.tensor(1)),
     r"must not be empty": (ValueError, torch.empty(0, dtype=torch.int64)),
     r"targets of shape \(2,\) do not fit the output of '0' \(Linear\), of shape \(6, 6\)": (
         ValueError,
         torch.tensor([0, 1]),
+    ),
+    r"\(6, 6\) do not fit .* of shape \(6, 6\): the first 2 dimensions must agree, and those of units follow": (
+        ValueError,
+        torch.zeros(6, 6, dtype=torch.int64),
     ),
 }
 
@@ -760,6 +1003,72 @@ def test_wrong_labels_are_named(message):
     assert bits([saved(optimizer), *model.parameters()]) == before
     assert grads(model) == [None] * 4
     train(model, optimizer)  # goes on
+
+
+@pytest.mark.parametrize("settings", [dict(num_classes=3), dict(num_classes=6), dict(target_dim=3)])
+def test_an_output_of_another_shape_is_named_before_it_changes_the_last_layer(settings):
+    model = nn.Sequential(nn.Linear(4, 1 if "target_dim" in settings else 5)).double()
+    optimizer = TPSGD(model, 0.1, **settings)
+    y = torch.ones(6, 3) if "target_dim" in settings else torch.zeros(6, dtype=torch.int64)
+    message = r"the output of the model must be a tensor of shape \(6, \d\) for targets .*; got \(6, [15]\)"
+    with pytest.raises(ValueError, match=message), optimizer.targets(y):
+        model(batch(mlp(6))[0])
+    assert grads(model) == [None, None]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_targets_that_are_not_finite_are_named(bad):
+    with (
+        pytest.raises(ValueError, match="targets must be finite"),
+        TPSGD(mlp(6, last=3), target_dim=3).targets(torch.tensor([[0.0, bad, 1.0]])),
+    ):
+        pass
+
+
+def test_a_context_in_which_the_model_was_not_called_is_an_error():
+    model = mlp(6)
+    optimizer = make(model)
+    x, y = batch(model)
+    with pytest.raises(RuntimeError, match="the model was not called within targets"), optimizer.targets(y):
+        model[2](model[1](model[0](x)))
+    assert torch.is_grad_enabled()
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_a_layer_that_is_unfrozen_or_replaced_later_is_named(in_forward):
+    model = mlp(6, 7)
+    model[2].requires_grad_(False)
+    optimizer = make(model, update_in_forward=in_forward)
+    train(model, optimizer)
+    model[2].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'2\.weight' is new or was frozen"):
+        train(model, optimizer)
+
+
+def test_copies_of_copies_have_no_more_hooks_than_their_origin():
+    optimizer = make(mlp(6))
+
+    def count() -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in optimizer.model.modules())
+
+    before = count()
+    for _ in range(3):
+        optimizer = copy.deepcopy(optimizer)
+        assert count() == before
+    train(optimizer.model, optimizer)
+
+
+def test_projections_follow_the_dtype_of_the_model():
+    model = mlp(6).float()
+    optimizer = make(model)
+    x, y = batch(model)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        optimizer.zero_grad()
+        with optimizer.targets(y):
+            model(x.to(dtype))
+        assert {P.dtype for P in optimizer._projections.values()} == {dtype}
 
 
 @pytest.mark.parametrize("y", [torch.ones(6, 2), torch.ones(6), torch.ones(6, 3, dtype=torch.int64)])
@@ -789,6 +1098,8 @@ def test_training_without_targets_and_evaluation_with_them_are_errors():
     train(model, optimizer)
     with pytest.raises(ValueError, match="not one of TPSGD"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
+    with pytest.raises(ValueError, match="not one of TPSGD"):
+        optimizer.load_state_dict({})
     with torch.inference_mode(), pytest.raises(RuntimeError, match="the loss has no graph"):
         train(model, optimizer)
 
@@ -864,6 +1175,14 @@ def test_recurrent_layers_say_what_they_cannot_do():
             return self.head(self.gru(x, self.start(x[:1]))[0][-1])
 
     model, y = FromState(), torch.tensor([0, 1])
+    cell = Net(
+        lambda m, x: m.head(m.cell(x[0], m.start(x[0]))),
+        start=nn.Linear(3, 4), cell=nn.GRUCell(3, 4), head=nn.Linear(4, CLASSES),
+    )  # fmt: skip
+    for bptt in (True, False):
+        message = r"'cell' \(GRUCell\): no gradient reaches what made its first state"
+        with pytest.raises(RuntimeError, match=message), make(cell, bptt=bptt).targets(y):
+            cell(torch.randn(5, 2, 3))
     message, optimizer = r"'gru' \(GRU\): no gradient reaches what made its first state", make(model)
     with pytest.raises(RuntimeError, match=message), optimizer.targets(y):
         model(torch.randn(5, 2, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_tpsgd import Reader, batch, make, mlp, weights
@@ -41,6 +43,12 @@ def worker(rank: int, folder: str) -> None:
             train(shared, DistributedDataParallel(shared), settings, slice(4 * rank, 4 * rank + 4))
             ours, theirs = list(shared.parameters()), list(alone.parameters())
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    torch.manual_seed(rank)
+    drawn, optimizer = [None, None], make(DistributedDataParallel(mlp(6, 7)), seed=None)
+    dist.all_gather_object(drawn, optimizer.param_groups[0]["projection_seed"])
+    assert drawn[0] == drawn[1]
+    with pytest.raises(TypeError, match="DistributedDataParallel cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
     dist.destroy_process_group()
 
 
