@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Group, check_number, sum_of_products, warn
+from optimzoo.optimizer import Group, check_number, local, sum_of_products, warn
 
 Targets: TypeAlias = Tensor | tuple[Tensor, ...]
 Closure: TypeAlias = Callable[[], tuple[Targets, Callable[[Any], Tensor] | Tensor]]
@@ -204,11 +204,15 @@ class SSO(Optimizer):
     # Groups and checkpoints
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters; what the group has besides ``params`` goes to the inner optimizer.
+        """Add parameters; what the group has besides ``params`` and ``lr`` goes to the inner optimizer.
+
+        ``lr``, the one target step size of all groups, is by default what it is at this time.
 
         Raises:
             TypeError, ValueError: as the constructor does; the optimizer then has the groups it had.
         """
+        if "inner" in self.__dict__ and isinstance(param_group, dict):  # a scheduler may have changed the one lr
+            param_group = {"lr": self.param_groups[0]["lr"], **param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -279,17 +283,17 @@ class SSO(Optimizer):
 
     # The step
 
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # outputs and loss, not the loss alone
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]  # outputs and loss
         """Ask once for the gradient of the loss in the outputs, and lower the surrogate by the inner optimizer.
 
         Args:
             closure: runs the model on a batch, chosen outside of it, and returns ``(outputs, loss)``. It is called at
-                least once for each inner update.
+                least once for each inner update. It is not optional.
 
         Returns:
             The loss at the parameters before the step.
         """
-        if hasattr(self, "grad_scale"):
+        if "grad_scale" in self.__dict__:  # torch leaves them where the step raises
             del self.grad_scale, self.found_inf
             raise RuntimeError("GradScaler.step cannot take this step: give the scaler to the constructor, scaler=...")
         if not callable(closure):
@@ -330,7 +334,7 @@ class SSO(Optimizer):
         new = _listed(outputs)
         if not any(output.requires_grad for output in new):
             raise RuntimeError("the closure's outputs have no graph: they must depend on the parameters")
-        old = [_wide(output.detach()) for output in new]
+        old = [_wide(output.detach().clone()) for output in new]  # outputs may be parameters, which move
         value, slopes = self._loss_gradient(outputs, old, loss)
         drawn = _Generators(device)  # where a step that runs model and loss once would leave them
         if not self._all_finite([value, *old, *slopes]):
@@ -358,9 +362,10 @@ class SSO(Optimizer):
                 self.counts["backwards"] += 1
             return self._mean(value.detach().double())
 
-        def later(known: list[Tensor]) -> Tensor:
-            if known:
+        def later(known: list[Tensor], mark: list[tuple[Any, ...]]) -> Tensor:
+            if known and mark == _mark(params):
                 return known.pop()
+            known.clear()
             if self.scaler is not None and torch.is_grad_enabled():
                 raise RuntimeError("an inner optimizer that evaluates more than once cannot have a scaler")
             return evaluate(forward())
@@ -369,15 +374,15 @@ class SSO(Optimizer):
             for k in range(self.inner_steps):
                 with torch.enable_grad():
                     known = [evaluate(new if k == 0 else forward())]  # the first has its outputs at hand
-                if not self._update(functools.partial(later, known), params, value):
+                if not self._update(later, known, params, value):
                     break
         finally:
             _copy(buffers, after)
             drawn.restore()
         return value
 
-    def _update(self, closure: Callable[[], Any], params: list[Tensor], loss: Tensor) -> bool:
-        """One inner update, from gradients that are at hand; whether another one has something to do."""
+    def _update(self, closure: Callable[..., Any], known: list[Tensor], params: list[Tensor], loss: Tensor) -> bool:
+        """One inner update, from a value and gradients that are at hand; whether another one has something to do."""
         grads = [param.grad for param in params if param.grad is not None]
         if not grads:
             raise RuntimeError("the closure's outputs do not depend on any of the parameters")
@@ -386,13 +391,13 @@ class SSO(Optimizer):
             if not math.isfinite(norm):
                 raise _NonFiniteError("the surrogate's gradient is not finite: take smaller inner steps", self, loss)
             if norm > self.tol:
-                self.inner.step(closure)
+                self.inner.step(functools.partial(closure, known, _mark(params)))
         else:
             self.scaler.unscale_(self.inner)
             try:
                 norm = sum_of_products(grads, grads).sqrt().item()
                 if not norm <= self.tol:
-                    self.scaler.step(self.inner, closure)
+                    self.scaler.step(self.inner, functools.partial(closure, known, _mark(params)))
             finally:
                 self.scaler.update()
         return not norm <= self.tol and not getattr(self.inner, "stuck", False)
@@ -529,6 +534,13 @@ class _Generators:
 def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def _mark(params: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What differs once parameters or their gradients were written to, unless through ``.data``."""
+    grads = [param.grad for param in params]
+    versions = [None if grad is None else (id(grad), grad._version) for grad in grads]
+    return [(p._version, local(p).data_ptr(), version) for p, version in zip(params, versions, strict=True)]
 
 
 def _pair(result: Any) -> tuple[Targets, Callable[[Any], Tensor] | Tensor]:

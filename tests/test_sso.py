@@ -301,6 +301,64 @@ def test_the_batch_size_is_no_part_of_the_step_size():
     torch.testing.assert_close(*map(weights, models), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("view", [lambda p: p, lambda p: p.view(8, 3), lambda p: (p[:4], p[4:])])
+@pytest.mark.parametrize("inner", [SGD, "armijo"])
+def test_outputs_may_share_memory_with_the_parameters(view, inner):
+    def half(z):
+        return half_squared(torch.cat(z) if isinstance(z, tuple) else z)
+
+    ends = []
+    for outputs in (view, lambda p: view(p.clone())):
+        table = nn.Parameter(normal(1, 8, 3))
+        SSO([table], 0.5, inner, 20).step(lambda outputs=outputs, table=table: (outputs(table), half))
+        ends.append(table.detach())
+    torch.testing.assert_close(*ends, rtol=1e-13, atol=1e-13)
+
+
+class Elsewhere(torch.optim.Optimizer):
+    """Evaluates after it moved by ``shift`` or dropped the gradients, and keeps what it was told."""
+
+    def __init__(self, params, shift=0.0, drop=False):
+        super().__init__(params, dict(shift=shift, drop=drop))
+
+    def step(self, closure):
+        (group,) = self.param_groups
+        (param,) = group["params"]
+        with torch.no_grad():
+            param.add_(group["shift"]) if group["shift"] else None
+        self.zero_grad(group["drop"] == "none") if group["drop"] else None
+        self.told = float(closure()), param.grad.item()
+
+
+@pytest.mark.parametrize("settings", [{}, dict(shift=1.0), dict(drop="none"), dict(drop="zero")])
+def test_an_inner_optimizer_is_told_the_value_and_gradient_where_it_asks(settings):
+    param = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = SSO([param], 1.0, functools.partial(Elsewhere, **settings), 1)
+    optimizer.step(lambda: (param.clone(), lambda z: (z - 3).square().mean() / 2))
+    at = param.item()
+    assert optimizer.inner.told == (-3 * at + at * at / 2, -3 + at)
+    assert optimizer.counts["forwards"] == (2 if settings else 1)
+
+
+def test_consensus_based_optimization_inside_sees_the_surrogate_at_each_particle():
+    param, seen = nn.Parameter(torch.zeros(1, dtype=torch.float64)), []
+    optimizer = SSO([param], 1.0, optimzoo.CBO, 4)
+    step = optimizer.inner.step
+
+    def spied(closure):
+        def spy():
+            at, value = param.item(), float(closure())
+            seen.append((value, -3 * at + at * at / 2))
+            return value
+
+        return step(spy)
+
+    optimizer.inner.step = spied
+    optimizer.step(lambda: (param.clone(), lambda z: (z - 3).square().mean() / 2))
+    assert len(seen) > 1
+    assert all(value == pytest.approx(expected, abs=1e-12) for value, expected in seen)
+
+
 # The reference
 
 MODELS = {"linear": reference.LINEAR, "network": reference.two_layer()}
@@ -509,6 +567,21 @@ def test_groups_hand_their_settings_to_the_inner_optimizer():
     assert len(optimizer.param_groups) == len(groups) == 2
 
 
+def test_a_group_that_is_added_takes_the_target_step_size_of_the_time():
+    model = network()
+    optimizer = SSO(model[0].parameters(), 0.5, SGD)
+    schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+        schedule.step()
+    optimizer.add_param_group(dict(params=model[2].parameters()))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert [group["lr"] for group in optimizer.inner.param_groups] == [0.1, 0.1]
+    before = model[2].weight.clone()
+    optimizer.step(closure_of(model))
+    assert not torch.equal(before, model[2].weight)
+
+
 def test_hooks_run_and_gradients_of_parameters_are_left_alone():
     model, seen = network(), []
     for param in model.parameters():
@@ -616,7 +689,8 @@ def test_a_scaler_skips_inner_updates_that_overflow():
     assert scaler.get_scale() == 2.0**126
 
 
-def test_gradscaler_cannot_take_the_step_by_itself():
+@pytest.mark.parametrize("given", [True, False])
+def test_gradscaler_cannot_take_the_step_by_itself(given):
     model = network(0, torch.float32)
     optimizer, scaler = SSO(model.parameters(), 0.5, SGD), torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(1))
@@ -624,7 +698,7 @@ def test_gradscaler_cannot_take_the_step_by_itself():
         param.grad = torch.ones_like(param)
     before = everything(optimizer, model)
     with pytest.raises(RuntimeError, match="give the scaler to the constructor"):
-        scaler.step(optimizer, closure_of(model, inputs=INPUTS.float()))
+        scaler.step(optimizer, *[closure_of(model, inputs=INPUTS.float())][:given])
     assert equal(before, everything(optimizer, model))
     optimizer.step(closure_of(model, inputs=INPUTS.float()))
 
