@@ -33,46 +33,65 @@ class Armijo(Optimizer):
         h(x - a g) \le h(x) - \tfrac{1}{2} a \|g\|^2
 
     Trials shrink by 0.9, at most 100 of them and down to 1e-6. Where all fail, parameters are as they were, ``stuck``
-    is true and a warning says so.
+    is true and a warning says so. They are as they were also where the closure raises.
 
     Args:
         params: tensors or parameter groups; they all have one step size.
         lr: the step size that the first search starts from. Default 10, of the authors.
-        growth: a later search starts at this multiple of the step size before. Default 1.8; the authors have 1.8 to the
-            power 1 / (batches in an epoch).
+        growth: a later search starts at this multiple of the step size before, up to 1e4 or ``lr``. Default 1.8; the
+            authors have 1.8 to the power 1 / (batches in an epoch).
 
     Raises:
-        TypeError, ValueError: a setting is not a number, or out of range.
+        TypeError, ValueError: a setting is not a number, out of range, or differs between groups.
 
     ``step(closure)`` calls the closure once with gradients enabled, for value and gradient, and then without gradients
-    for the value at each trial.
+    for the value at each trial. Without gradients it changes nothing.
     """
 
     stuck = False
 
     def __init__(self, params: ParamsT, lr: float = 10.0, growth: float = _GROW) -> None:
-        check_number("lr", lr, *_POSITIVE, above=True)
-        check_number("growth", growth, 1.0, math.inf, "finite and >= 1")
         super().__init__(params, dict(lr=lr, growth=growth))
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, with the step size and growth of the others.
+
+        Raises:
+            TypeError, ValueError: a setting is not a number, out of range, or not that of the first group.
+        """
+        given: Group = dict(param_group)
+        for name, low, allowed in (("lr", 0.0, "finite and > 0"), ("growth", 1.0, "finite and >= 1")):
+            first = (self.param_groups or [self.defaults])[0][name]
+            check_number(name, given.setdefault(name, first), low, math.inf, allowed, above=name == "lr")
+            if self.param_groups and given[name] != first:
+                raise ValueError(f"{name} is one for all groups, got {first!r} and {given[name]!r}")
+        super().add_param_group(given)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # the closure is not optional
         """Search a step size and move by it. Returns the value before the step."""
         with torch.enable_grad():
             value = closure()
-        first = self.param_groups[0]
+        first, self.stuck = self.param_groups[0], False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return value
         grads = [p.grad for p in params]
         square = sum_of_products(grads, grads).item()
         kept = [p.clone() for p in params]
-        row = self.state[first["params"][0]]
-        size = first["growth"] * row["step_size"] if "step_size" in row else float(first["lr"])
-        for _ in range(100):
-            _copy(params, torch._foreach_add(kept, grads, alpha=-size))
-            self.stuck = not -math.inf < float(closure()) <= float(value) - _SUFFICIENT * size * square
-            if not self.stuck or size * _SHRINK < 1e-6:
-                break
-            size *= _SHRINK
+        row, lr = self.state[first["params"][0]], float(first["lr"])
+        size = min(first["growth"] * row["step_size"], max(lr, _MOST)) if "step_size" in row else lr
+        try:
+            for _ in range(100):
+                _copy(params, torch._foreach_add(kept, grads, alpha=-size))
+                torch.clear_autocast_cache()
+                self.stuck = not -math.inf < float(closure()) <= float(value) - _SUFFICIENT * size * square
+                if not self.stuck or size * _SHRINK < 1e-6:
+                    break
+                size *= _SHRINK
+        except BaseException:
+            _copy(params, kept)
+            raise
         if self.stuck:
             _copy(params, kept)
             warn(f"no step size down to {size:.3g} descends enough: the parameters stay where they are")
@@ -120,12 +139,14 @@ class SSO(Optimizer):
             sum over steps of the squared gradients of a sample's loss in it, averaged over samples.
         line_search: back-track :math:`\eta` in target space, by one evaluation of the loss a trial and no gradient,
             until :math:`\ell(z - \eta n G) \le \ell(z) - \eta n \|G\|^2 / 2`. The first search starts at ``lr``, later
-            ones at 1.8 times what was accepted, within [1e-4, 1e4]. ``loss`` must be a function. Default ``False``.
+            ones at 1.8 times what was accepted, within [1e-4, 1e4] widened to ``lr``. Where all fail, the least is
+            taken and a warning says so. ``loss`` must be a function. Default ``False``.
         reset_inner: forget the inner optimizer's state at the start of each step. Default: for ``"armijo"`` only,
             whose search then starts at its ``lr``.
         tol: a step ends early where the surrogate's gradient has at most this norm. Default 1e-6.
-        nonfinite: what a step does where outputs, loss, G or a surrogate are not finite: ``"raise"``, or ``"skip"``,
-            which leaves everything as it was and returns the loss. Default ``"raise"``.
+        nonfinite: what a step does where outputs, loss, G, the last trial of ``line_search``, a gradient of the
+            surrogate or the parameters it ends with are not finite: ``"raise"``, or ``"skip"``, which leaves everything
+            as it was and returns the loss. Default ``"raise"``.
         scaler: a ``torch.amp.GradScaler`` for the inner updates. Default ``None``.
         module: the model, if it has buffers that a forward pass changes: the inner updates leave no trace in them.
         process_group: where processes have different data (``DistributedDataParallel``), average over it what decisions
@@ -138,7 +159,7 @@ class SSO(Optimizer):
         FloatingPointError: from ``step``, as ``nonfinite`` says.
 
     Warns:
-        UserWarning: the search of :class:`Armijo` fails, which ends a step.
+        UserWarning: the search of :class:`Armijo` fails, which ends a step, or that of ``line_search``.
 
     With one inner update by SGD a step is one of SGD, whatever ``lr`` is. All evaluations of a step see the random
     numbers of the first (Dropout), and ``p.grad`` is left as it was. A step that raises leaves parameters, buffers,
@@ -325,6 +346,7 @@ class SSO(Optimizer):
         if self.reset_inner:
             self.inner.state.clear()
         clean, before = [buffer.clone() for buffer in buffers], _Generators(device)
+        torch.clear_autocast_cache()
         with torch.enable_grad():
             outputs, loss = _pair(closure())
         self.counts["forwards"] += 1
@@ -346,6 +368,7 @@ class SSO(Optimizer):
         def forward() -> list[Tensor]:
             _copy(buffers, clean)
             before.restore()
+            torch.clear_autocast_cache()  # it has casts of the parameters as they were
             self.counts["forwards"] += 1
             again = _listed(_pair(closure())[0])
             if [output.shape for output in again] != [output.shape for output in old]:
@@ -376,9 +399,12 @@ class SSO(Optimizer):
                     known = [evaluate(new if k == 0 else forward())]  # the first has its outputs at hand
                 if not self._update(later, known, params, value):
                     break
+            if not self._all_finite([sum_of_products(params, params)]):
+                raise _NonFiniteError("the parameters are not finite: take smaller inner steps", self, value)
         finally:
             _copy(buffers, after)
             drawn.restore()
+            torch.clear_autocast_cache()
         return value
 
     def _update(self, closure: Callable[..., Any], known: list[Tensor], params: list[Tensor], loss: Tensor) -> bool:
@@ -458,18 +484,23 @@ class SSO(Optimizer):
         ways = [_samples(z) * slope / w for z, slope, w in zip(old, slopes, weights, strict=True)]
         promise = self._mean(_total([(slope * way).sum() for slope, way in zip(slopes, ways, strict=True)]))
         last = self._targets["lr"]
-        lr = min(max(lr if last is None else _GROW * last, _LEAST), _MOST)
+        least, most = min(_LEAST, lr), max(_MOST, lr)
+        lr = min(max(lr if last is None else _GROW * last, least), most)
         start = self._mean(value.double())
         while True:
             generators.restore()
             self.counts["loss_values"] += 1
             with torch.no_grad():
                 trial = loss(_like(outputs, [z - lr * way for z, way in zip(old, ways, strict=True)]))
-            if lr <= _LEAST or -math.inf < float(self._mean(trial.double())) <= float(
-                start - _SUFFICIENT * lr * promise
-            ):
+            reached = float(self._mean(trial.double()))
+            if -math.inf < reached <= float(start - _SUFFICIENT * lr * promise):
                 break
-            lr = max(lr * _SHRINK, _LEAST)
+            if lr <= least:
+                if not math.isfinite(reached):
+                    raise _NonFiniteError(f"the loss is not finite at the least trial, {lr:.3g}", self, value)
+                warn(f"no target step size down to {lr:.3g} descends enough: the step is taken with this one")
+                break
+            lr = max(lr * _SHRINK, least)
         self._targets["lr"] = lr
         return lr
 

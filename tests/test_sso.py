@@ -648,7 +648,135 @@ def test_a_failed_search_keeps_the_parameters_and_says_so():
     assert optimizer.counts["backwards"] == 1  # a second search would go the same way
 
 
+def test_the_least_target_step_size_that_is_searched_is_not_above_the_one_given():
+    model = network()
+    steep = lambda z: 1e6 * half_squared(z)  # noqa: E731  # it is the argument
+    optimizer = SSO(model.parameters(), 5e-7, functools.partial(torch.optim.SGD, lr=1e-7), line_search=True)
+    losses = [optimizer.step(closure_of(model, steep)).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert optimizer.state_dict()["targets"]["lr"] <= 1e-6  # 1 / L
+    with pytest.warns(UserWarning, match=r"no target step size down to 0\.0001 descends enough"):
+        SSO(model.parameters(), 1.0, SGD, 1, line_search=True).step(closure_of(model, steep))
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_trial_that_is_not_finite_is_never_taken(nonfinite):
+    model = network()
+    optimizer = SSO(model.parameters(), 1.0, SGD, line_search=True, nonfinite=nonfinite)
+    start = model(INPUTS).detach()
+
+    def cliff(z):  # finite where the model is, nowhere else
+        return half_squared(z) + torch.where((z - start).abs().sum() > 0, torch.inf, 0.0)
+
+    before = everything(optimizer, model)
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="the loss is not finite at the least trial"):
+            optimizer.step(closure_of(model, cliff))
+    else:
+        assert optimizer.step(closure_of(model, cliff)) == half_squared(start)
+        assert optimizer.counts["loss_values"] > 1
+        optimizer.counts = dict.fromkeys(optimizer.counts, 0)
+    assert equal(before, everything(optimizer, model))
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("lr", [1e300, math.nan])
+def test_a_step_does_not_end_with_parameters_that_are_not_finite(lr, nonfinite):
+    class Last(torch.optim.SGD):  # nothing looks at what the last update leaves
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].mul_(lr).mul_(1e300)
+
+    model = network()
+    optimizer = SSO(model.parameters(), 0.5, functools.partial(Last, lr=0.1), 1, nonfinite=nonfinite)
+    before = everything(optimizer, model)
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="the parameters are not finite"):
+            optimizer.step(closure_of(model))
+    else:
+        optimizer.step(closure_of(model))
+        optimizer.counts = dict.fromkeys(optimizer.counts, 0)
+    assert equal(before, everything(optimizer, model))
+
+
+# Armijo by itself
+
+
+def squares(optimizer, fails=0):
+    """The sum of squares of what an optimizer has; its call number ``fails`` raises."""
+    calls = []
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    def value():
+        calls.append(None)
+        if len(calls) == fails:
+            raise KeyError("closure")
+        result = torch.stack([param.square().sum() for param in params]).sum()
+        if torch.is_grad_enabled():
+            optimizer.zero_grad()
+            result.backward()
+        return result.detach()
+
+    return value
+
+
+def test_a_closure_that_raises_within_a_search_leaves_the_parameters():
+    param = nn.Parameter(torch.ones(2))
+    with pytest.raises(KeyError, match="closure"):
+        (armijo := Armijo([param])).step(squares(armijo, 4))
+    assert torch.equal(param.detach(), torch.ones(2))
+
+
+def test_groups_of_a_search_have_one_step_size():
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    for group, match in (
+        (dict(lr=-1.0), "lr must be finite and > 0, got -1.0"),
+        (dict(growth=0.1), "growth must be finite and >= 1, got 0.1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Armijo([dict(params=[first], **group)])
+    armijo = Armijo([first])
+    armijo.param_groups[0]["lr"] = 3.0
+    with pytest.raises(ValueError, match="lr is one for all groups, got 3"):
+        armijo.add_param_group(dict(params=[second], lr=0.5))
+    armijo.add_param_group(dict(params=[second]))
+    assert [group["lr"] for group in armijo.param_groups] == [3.0, 3.0]
+    armijo.step(squares(armijo))
+    assert torch.equal(first.detach(), second.detach())
+
+
+def test_a_search_without_gradients_or_slope_stays_where_it_is():
+    param = nn.Parameter(torch.ones(2))
+    assert Armijo([param]).step(lambda: torch.tensor(1.0)) == 1
+    param = nn.Parameter(torch.zeros(2))
+    armijo = Armijo([param], lr=2.0)
+    for _ in range(100):
+        armijo.step(squares(armijo))
+    assert armijo.state[param]["step_size"] == 1e4  # 1.8 ** 100 would be 3e25
+    assert not param.any()
+
+
 # Mixed precision
+
+
+@pytest.mark.parametrize("inner", [SGD, "armijo"])
+def test_autocast_around_the_step_is_as_good_as_within_the_closure(inner):
+    models = [network(0, torch.float32) for _ in range(2)]
+    inside, outside = (SSO(model.parameters(), 1.0, inner, 5) for model in models)
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return models[0](INPUTS.float()), half_squared
+
+    for _ in range(3):
+        inside.step(closure)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            outside.step(closure_of(models[1], inputs=INPUTS.float()))
+        outputs = models[1](INPUTS.float())
+    assert torch.equal(*map(weights, models))
+    assert torch.equal(outputs, closure()[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
