@@ -70,7 +70,8 @@ def weights(model):
 def everything(optimizer, model):
     """All that a failed step must leave."""
     grads = [None if param.grad is None else param.grad.clone() for param in model.parameters()]
-    return copy.deepcopy([optimizer.state_dict(), [*model.state_dict().values()], grads])
+    state = {key: value for key, value in optimizer.state_dict().items() if key != "counts"}
+    return copy.deepcopy([state, [*model.state_dict().values()], grads, torch.get_rng_state()])
 
 
 def equal(left, right) -> bool:
@@ -616,6 +617,58 @@ def test_dropout_is_the_same_in_all_inner_updates_and_batch_statistics_move_once
     assert equal([*model.buffers()], [*plain.buffers()])
 
 
+class Counting(nn.Linear):
+    """Has a buffer that each forward pass makes anew, and one that only the first makes."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.passes = self.passes + 1
+        if not hasattr(self, "first"):
+            self.register_buffer("first", self.passes.clone())
+        return super().forward(inputs) * self.passes
+
+
+def test_buffers_that_a_forward_pass_assigns_are_held_and_put_back():
+    model = Counting().double()
+    optimizer = SSO(model.parameters(), 0.1, SGD, 5, module=model)
+    before = everything(optimizer, model)
+    with pytest.raises(FloatingPointError):
+        optimizer.step(closure_of(model, lambda z: half_squared(z) / 0))
+    assert equal(before, everything(optimizer, model))
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(model.passes.item()))
+    for k in (1, 2):
+        optimizer.step(closure_of(model))
+        assert (model.passes, model.first) == (k, 1)
+    assert seen == [1] * 5 + [2] * 5
+
+
+def test_gradients_of_parameters_that_are_not_the_optimizer_s_are_left_alone():
+    model = network()
+    SSO(model[2].parameters(), 0.5, SGD, 3).step(closure_of(model))
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["function", "tensor"])
+def test_an_output_that_is_constant_stays_where_it_is(kind):
+    models = [network(), network()]
+    shift = normal(9, 8, 3)
+
+    def loss(outputs):
+        return half_squared(outputs[0] + outputs[1])
+
+    def closure():
+        outputs = models[1](INPUTS), shift
+        return outputs, loss if kind == "function" else loss(outputs)
+
+    SSO(models[0].parameters(), 0.5, SGD, 4).step(closure_of(models[0], lambda z: loss((z, shift))))
+    SSO(models[1].parameters(), 0.5, SGD, 4).step(closure)
+    torch.testing.assert_close(*map(weights, models), rtol=1e-13, atol=1e-13)
+
+
 def test_all_trials_of_a_search_see_the_noise_of_the_first_value():
     model, noise = network(), []
 
@@ -675,7 +728,6 @@ def test_a_trial_that_is_not_finite_is_never_taken(nonfinite):
     else:
         assert optimizer.step(closure_of(model, cliff)) == half_squared(start)
         assert optimizer.counts["loss_values"] > 1
-        optimizer.counts = dict.fromkeys(optimizer.counts, 0)
     assert equal(before, everything(optimizer, model))
 
 
@@ -696,7 +748,6 @@ def test_a_step_does_not_end_with_parameters_that_are_not_finite(lr, nonfinite):
             optimizer.step(closure_of(model))
     else:
         optimizer.step(closure_of(model))
-        optimizer.counts = dict.fromkeys(optimizer.counts, 0)
     assert equal(before, everything(optimizer, model))
 
 
@@ -860,6 +911,9 @@ def test_an_inner_optimizer_that_evaluates_again_cannot_have_a_scaler():
         (dict(target_metric="adam"), ValueError, "target_metric must be one of 'identity', 'adagrad', got 'adam'"),
         (dict(line_search="yes"), ValueError, "line_search must be one of False, True, got 'yes'"),
         (dict(nonfinite="ignore"), ValueError, "nonfinite must be one of 'raise', 'skip', got 'ignore'"),
+        (dict(module=5), TypeError, "module must be None or a Module, got 5"),
+        (dict(scaler=5), TypeError, "scaler must be None or a GradScaler, got 5"),
+        (dict(process_group=5), TypeError, "process_group must be None or a ProcessGroup, got 5"),
         (dict(tol=-1.0), ValueError, "tol must be finite and >= 0"),
         (dict(inner=functools.partial(Armijo, lr=0.0)), ValueError, "lr must be finite and > 0"),
         (dict(inner=functools.partial(Armijo, growth=0.5)), ValueError, "growth must be finite and >= 1"),
@@ -902,6 +956,9 @@ def failing(model):
             raise KeyError("closure")
         return model(INPUTS), half_squared
 
+    def raises(z):
+        raise ZeroDivisionError("loss")
+
     other = nn.Linear(4, 3).double()
     return {
         "no closure": (None, TypeError, "step needs a closure that returns"),
@@ -930,6 +987,7 @@ def failing(model):
             RuntimeError,
             r"changed their shapes within a step, from \[\(8, 3\)\] to \[\(7, 3\)\]",
         ),
+        "loss": (lambda: (model(INPUTS), raises), ZeroDivisionError, "loss"),
         "crash": (counted(crash), KeyError, "closure"),
         "surrogate": (
             counted(lambda k: (model(INPUTS) * (1 if k < 3 else torch.nan), half_squared)),
@@ -944,7 +1002,7 @@ def failing(model):
 def test_a_step_that_raises_changes_nothing(name, inner):
     if name == "surrogate" and inner is not ADAM:
         pytest.skip("Armijo does not take a step to what is not finite")
-    model = network(0, torch.float64, nn.BatchNorm1d(6))
+    model = network(0, torch.float64, nn.BatchNorm1d(6), nn.Dropout(0.2))
     closure, error, match = failing(model)[name]
     settings = {} if name == "detached" else dict(line_search=True)  # a tensor for the loss cannot be searched
     optimizer = SSO(model.parameters(), 0.5, inner, module=model, **settings)
@@ -969,6 +1027,21 @@ def test_an_inner_optimizer_that_fails_is_put_back():
     assert optimizer.inner.param_groups[0]["params"][0] is next(model.parameters())
 
 
+def test_what_a_step_that_raised_has_spent_is_counted():
+    model = network()
+    optimizer = SSO(model.parameters(), 0.5, ADAM)
+    for name, (gradients, values, forwards, backwards) in {
+        "infinite": (1, 1, 1, 0),
+        "crash": (2, 2, 4, 2),
+        "loss": (2, 3, 5, 2),
+    }.items():
+        closure, error, _ = failing(model)[name]
+        with pytest.raises(error):
+            optimizer.step(closure)
+        spent = dict(loss_gradients=gradients, loss_values=values, forwards=forwards, backwards=backwards)
+        assert optimizer.counts == spent
+
+
 def test_a_step_can_be_skipped_where_it_is_not_finite_and_what_it_cost_is_counted():
     model = network()
     optimizer = SSO(model.parameters(), 0.5, ADAM, nonfinite="skip")
@@ -976,7 +1049,6 @@ def test_a_step_can_be_skipped_where_it_is_not_finite_and_what_it_cost_is_counte
     before, counts = everything(optimizer, model), dict(optimizer.counts)
     assert optimizer.step(closure_of(model, lambda z: half_squared(z) / 0)).isinf()
     assert optimizer.counts == {**counts, "loss_gradients": 2, "loss_values": 2, "forwards": counts["forwards"] + 1}
-    optimizer.counts = counts
     assert equal(before, everything(optimizer, model))
 
 
@@ -1029,6 +1101,11 @@ def test_checkpoints_that_do_not_fit_change_nothing():
         (torch.optim.SGD(model.parameters()).state_dict(), "state_dict lacks 'inner'"),
         (other.state_dict(), "parameter group"),
         ({**saved, "inner": other.state_dict()["inner"]}, "parameter group"),
+        ({**saved, "targets": None}, "'targets'.* must have lr and sum_sq, got None"),
+        ({**saved, "targets": {}}, "'targets'.* must have lr and sum_sq, got {}"),
+        ({**saved, "targets": dict(lr=-1.0, sum_sq=None)}, "'lr'.* must be finite and > 0, got -1"),
+        ({**saved, "targets": dict(lr=None, sum_sq=3)}, "'sum_sq'.* must be None or a list of tensors, got 3"),
+        ({**saved, "counts": {}}, "'counts'.* must have loss_gradients, .*, got {}"),
     ):
         with pytest.raises(ValueError, match=match):
             optimizer.load_state_dict(wrong)
