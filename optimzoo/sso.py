@@ -127,7 +127,7 @@ class SSO(Optimizer):
     >>> loss = optimizer.step(lambda: (model(inputs), lambda z: (z - wanted).square().mean() / 2))
 
     Args:
-        params: tensors or parameter groups. What a group has besides ``params`` goes to the inner optimizer.
+        params: tensors or parameter groups. What a group has besides ``params`` and ``lr`` goes to the inner optimizer.
         lr: the target step size :math:`\eta > 0`, in units of 1 / L; schedulers of this optimizer change it. Default 1.
         inner: what makes the inner optimizer from parameter groups, such as ``functools.partial(torch.optim.SGD,
             lr=0.1)``, or ``"armijo"``, :class:`Armijo`. It is ``optimizer.inner``, for schedulers of its own. Default
@@ -153,7 +153,7 @@ class SSO(Optimizer):
             leave no trace in them.
         process_group: where processes have different data (``DistributedDataParallel``), average over it what decisions
             depend on: the values of both searches, accumulators, and what is finite. Without it such processes may
-            decide differently, and then wait for each other forever.
+            decide differently, and then wait for each other forever. Default ``None``: one process.
 
     Raises:
         TypeError, ValueError: a setting, outputs or loss are not ones that the method can work with.
@@ -284,7 +284,7 @@ class SSO(Optimizer):
         """Load both levels; a run that goes on equals one that was not interrupted, bit for bit.
 
         Raises:
-            TypeError, ValueError: groups or values that do not fit, or a dictionary that another class wrote; nothing has
+            TypeError, ValueError: groups or values that do not fit, or a dictionary of another class; nothing has
                 changed then.
         """
         for key in ("inner", "targets", "counts"):
@@ -441,7 +441,10 @@ class SSO(Optimizer):
         """One inner update, from a value and gradients that are at hand; whether another one has something to do."""
         grads = [param.grad for param in params if param.grad is not None]
         if not grads:
-            raise RuntimeError("the closure's outputs do not depend on any of the parameters")
+            raise RuntimeError(
+                "the closure's outputs do not depend on any of the parameters, or only through a checkpoint with "
+                "use_reentrant=True: that cannot work, use_reentrant=False does"
+            )
         if self.scaler is None:
             norm = sum_of_products(grads, grads).sqrt().item()
             if not math.isfinite(norm):
