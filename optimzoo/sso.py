@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Group, check_number, sum_of_products, warn
+from optimzoo.optimizer import Group, check_number, local, sum_of_products, warn
 
 Targets: TypeAlias = Tensor | tuple[Tensor, ...]
 Closure: TypeAlias = Callable[[], tuple[Targets, Callable[[Any], Tensor] | Tensor]]
@@ -23,6 +23,7 @@ Closure: TypeAlias = Callable[[], tuple[Targets, Callable[[Any], Tensor] | Tenso
 # starts at the third times the step size that was accepted before.
 _SUFFICIENT, _SHRINK, _GROW = 0.5, 0.9, 1.8
 _LEAST, _MOST = 1e-4, 1e4  # of a target step size that is searched
+_DISTRIBUTED = torch.distributed.is_available()
 _POSITIVE = (0.0, math.inf, "finite and > 0")
 
 
@@ -33,46 +34,65 @@ class Armijo(Optimizer):
         h(x - a g) \le h(x) - \tfrac{1}{2} a \|g\|^2
 
     Trials shrink by 0.9, at most 100 of them and down to 1e-6. Where all fail, parameters are as they were, ``stuck``
-    is true and a warning says so.
+    is true and a warning says so. They are as they were also where the closure raises.
 
     Args:
         params: tensors or parameter groups; they all have one step size.
         lr: the step size that the first search starts from. Default 10, of the authors.
-        growth: a later search starts at this multiple of the step size before. Default 1.8; the authors have 1.8 to the
-            power 1 / (batches in an epoch).
+        growth: a later search starts at this multiple of the step size before, up to 1e4 or ``lr``. Default 1.8; the
+            authors have 1.8 to the power 1 / (batches in an epoch).
 
     Raises:
-        TypeError, ValueError: a setting is not a number, or out of range.
+        TypeError, ValueError: a setting is not a number, out of range, or differs between groups.
 
     ``step(closure)`` calls the closure once with gradients enabled, for value and gradient, and then without gradients
-    for the value at each trial.
+    for the value at each trial. Without gradients it changes nothing.
     """
 
     stuck = False
 
     def __init__(self, params: ParamsT, lr: float = 10.0, growth: float = _GROW) -> None:
-        check_number("lr", lr, *_POSITIVE, above=True)
-        check_number("growth", growth, 1.0, math.inf, "finite and >= 1")
         super().__init__(params, dict(lr=lr, growth=growth))
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, with the step size and growth of the others.
+
+        Raises:
+            TypeError, ValueError: a setting is not a number, out of range, or not that of the first group.
+        """
+        given: Group = dict(param_group)
+        for name, low, allowed in (("lr", 0.0, "finite and > 0"), ("growth", 1.0, "finite and >= 1")):
+            first = (self.param_groups or [self.defaults])[0][name]
+            check_number(name, given.setdefault(name, first), low, math.inf, allowed, above=name == "lr")
+            if self.param_groups and given[name] != first:
+                raise ValueError(f"{name} is one for all groups, got {first!r} and {given[name]!r}")
+        super().add_param_group(given)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # the closure is not optional
         """Search a step size and move by it. Returns the value before the step."""
         with torch.enable_grad():
             value = closure()
-        first = self.param_groups[0]
+        first, self.stuck = self.param_groups[0], False
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return value
         grads = [p.grad for p in params]
         square = sum_of_products(grads, grads).item()
         kept = [p.clone() for p in params]
-        row = self.state[first["params"][0]]
-        size = first["growth"] * row["step_size"] if "step_size" in row else float(first["lr"])
-        for _ in range(100):
-            _copy(params, torch._foreach_add(kept, grads, alpha=-size))
-            self.stuck = not -math.inf < float(closure()) <= float(value) - _SUFFICIENT * size * square
-            if not self.stuck or size * _SHRINK < 1e-6:
-                break
-            size *= _SHRINK
+        row, lr = self.state[first["params"][0]], float(first["lr"])
+        size = min(first["growth"] * row["step_size"], max(lr, _MOST)) if "step_size" in row else lr
+        try:
+            for _ in range(100):
+                _copy(params, torch._foreach_add(kept, grads, alpha=-size))
+                torch.clear_autocast_cache()
+                self.stuck = not -math.inf < float(closure()) <= float(value) - _SUFFICIENT * size * square
+                if not self.stuck or size * _SHRINK < 1e-6:
+                    break
+                size *= _SHRINK
+        except BaseException:
+            _copy(params, kept)
+            raise
         if self.stuck:
             _copy(params, kept)
             warn(f"no step size down to {size:.3g} descends enough: the parameters stay where they are")
@@ -107,7 +127,7 @@ class SSO(Optimizer):
     >>> loss = optimizer.step(lambda: (model(inputs), lambda z: (z - wanted).square().mean() / 2))
 
     Args:
-        params: tensors or parameter groups. What a group has besides ``params`` goes to the inner optimizer.
+        params: tensors or parameter groups. What a group has besides ``params`` and ``lr`` goes to the inner optimizer.
         lr: the target step size :math:`\eta > 0`, in units of 1 / L; schedulers of this optimizer change it. Default 1.
         inner: what makes the inner optimizer from parameter groups, such as ``functools.partial(torch.optim.SGD,
             lr=0.1)``, or ``"armijo"``, :class:`Armijo`. It is ``optimizer.inner``, for schedulers of its own. Default
@@ -120,16 +140,20 @@ class SSO(Optimizer):
             sum over steps of the squared gradients of a sample's loss in it, averaged over samples.
         line_search: back-track :math:`\eta` in target space, by one evaluation of the loss a trial and no gradient,
             until :math:`\ell(z - \eta n G) \le \ell(z) - \eta n \|G\|^2 / 2`. The first search starts at ``lr``, later
-            ones at 1.8 times what was accepted, within [1e-4, 1e4]. ``loss`` must be a function. Default ``False``.
+            ones at 1.8 times what was accepted, within [1e-4, 1e4] widened to ``lr``. Where all fail, the least is
+            taken and a warning says so. ``loss`` must be a function. Default ``False``.
         reset_inner: forget the inner optimizer's state at the start of each step. Default: for ``"armijo"`` only,
             whose search then starts at its ``lr``.
         tol: a step ends early where the surrogate's gradient has at most this norm. Default 1e-6.
-        nonfinite: what a step does where outputs, loss, G or a surrogate are not finite: ``"raise"``, or ``"skip"``,
-            which leaves everything as it was and returns the loss. Default ``"raise"``.
+        nonfinite: what a step does where outputs, loss, G, the last trial of ``line_search``, a gradient of the
+            surrogate or the parameters it ends with are not finite: ``"raise"``, or ``"skip"``, which leaves everything
+            as it was and returns the loss. Default ``"raise"``.
         scaler: a ``torch.amp.GradScaler`` for the inner updates. Default ``None``.
-        module: the model, if it has buffers that a forward pass changes: the inner updates leave no trace in them.
+        module: the model, if it has buffers that a forward pass changes, in place or by assignment: the inner updates
+            leave no trace in them.
         process_group: where processes have different data (``DistributedDataParallel``), average over it what decisions
-            depend on: the values of both searches, accumulators, and what is finite.
+            depend on: the values of both searches, accumulators, and what is finite. Without it such processes may
+            decide differently, and then wait for each other forever. Default ``None``: one process.
 
     Raises:
         TypeError, ValueError: a setting, outputs or loss are not ones that the method can work with.
@@ -138,12 +162,14 @@ class SSO(Optimizer):
         FloatingPointError: from ``step``, as ``nonfinite`` says.
 
     Warns:
-        UserWarning: the search of :class:`Armijo` fails, which ends a step.
+        UserWarning: the search of :class:`Armijo` fails, which ends a step, or that of ``line_search``; or
+            ``torch.distributed`` has several processes and ``process_group`` is not given.
 
     With one inner update by SGD a step is one of SGD, whatever ``lr`` is. All evaluations of a step see the random
-    numbers of the first (Dropout), and ``p.grad`` is left as it was. A step that raises leaves parameters, buffers,
-    state and inner optimizer as they were, for which it keeps a copy of them. ``counts`` has what was spent so far:
-    ``loss_gradients``, ``loss_values`` (one a gradient, and the trials), ``forwards`` and ``backwards`` of the model.
+    numbers of the first (Dropout), and ``p.grad`` is left as it was. A step that raises leaves parameters, the buffers
+    of ``module``, state, inner optimizer and torch's random numbers as they were, for which it keeps a copy of them.
+    ``counts`` has what was spent so far, in steps that failed as well: ``loss_gradients``, ``loss_values`` (one a
+    gradient, and the trials), ``forwards`` and ``backwards`` of the model.
 
     Others call the Spectral Sphere Optimizer SSO; ``TargetSurrogate`` is another name of this class.
     """
@@ -188,6 +214,19 @@ class SSO(Optimizer):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         if divergence != "euclidean" and (line_search or target_metric != "identity"):
             raise ValueError(f"line_search and target_metric need divergence='euclidean', got {divergence!r}")
+        for name, given, kinds in (
+            ("module", module, torch.nn.Module),
+            ("scaler", scaler, torch.amp.GradScaler),
+            ("process_group", process_group, torch.distributed.ProcessGroup if _DISTRIBUTED else ()),
+        ):
+            if given is not None and not isinstance(given, kinds):
+                wanted = getattr(kinds, "__qualname__", "ProcessGroup, which this build of torch lacks")
+                raise TypeError(f"{name} must be None or a {wanted}, got {given!r}")
+        if process_group is None and _processes() > 1:
+            warn(
+                f"torch.distributed has {_processes()} processes and no process_group was given: where they share a "
+                "model but not the data, they decide differently and wait for each other forever"
+            )
         check_number("tol", tol, 0.0, math.inf, "finite and >= 0")
         self.inner_steps, self.divergence, self.target_metric = inner_steps, divergence, target_metric
         self.line_search, self.tol, self.nonfinite = line_search, tol, nonfinite
@@ -204,11 +243,15 @@ class SSO(Optimizer):
     # Groups and checkpoints
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters; what the group has besides ``params`` goes to the inner optimizer.
+        """Add parameters; what the group has besides ``params`` and ``lr`` goes to the inner optimizer.
+
+        ``lr``, the one target step size of all groups, is by default what it is at this time.
 
         Raises:
             TypeError, ValueError: as the constructor does; the optimizer then has the groups it had.
         """
+        if "inner" in self.__dict__ and isinstance(param_group, dict):  # a scheduler may have changed the one lr
+            param_group = {"lr": self.param_groups[0]["lr"], **param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -241,19 +284,30 @@ class SSO(Optimizer):
         """Load both levels; a run that goes on equals one that was not interrupted, bit for bit.
 
         Raises:
-            ValueError: groups that do not fit, or a dictionary that another class wrote; nothing has changed then.
+            TypeError, ValueError: groups or values that do not fit, or a dictionary of another class; nothing has
+                changed then.
         """
         for key in ("inner", "targets", "counts"):
             if key not in state_dict:
                 raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
+        targets, counts = state_dict["targets"], state_dict["counts"]
+        if not isinstance(targets, dict) or targets.keys() != self._targets.keys():
+            raise ValueError(f"state_dict['targets'] must have lr and sum_sq, got {targets!r}")
+        if targets["lr"] is not None:
+            check_number("state_dict['targets']['lr']", targets["lr"], *_POSITIVE, above=True)
+        sums = targets["sum_sq"]
+        if sums is not None and not (isinstance(sums, list) and all(isinstance(row, Tensor) for row in sums)):
+            raise ValueError(f"state_dict['targets']['sum_sq'] must be None or a list of tensors, got {sums!r}")
+        if not isinstance(counts, dict) or counts.keys() != self.counts.keys():
+            raise ValueError(f"state_dict['counts'] must have {', '.join(self.counts)}, got {counts!r}")
         with self._undone_by_errors([]):
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
             self.inner.load_state_dict(state_dict["inner"])
-            self._targets, self.counts = copy.deepcopy(state_dict["targets"]), dict(state_dict["counts"])
+            self._targets, self.counts = copy.deepcopy(targets), dict(counts)
 
     @contextlib.contextmanager
-    def _undone_by_errors(self, tensors: list[Tensor]) -> Iterator[None]:
-        """Put back these tensors, both optimizers' states and settings, and the counts, if what follows raises."""
+    def _undone_by_errors(self, tensors: list[Tensor], *moments: _Generators | _Buffers) -> Iterator[None]:
+        """Put back these tensors and moments, and both optimizers' states and settings, if what follows raises."""
 
         def copies(groups: list[Group]) -> list[Group]:
             return [{k: v if k == "params" else copy.deepcopy(v) for k, v in group.items()} for group in groups]
@@ -261,35 +315,35 @@ class SSO(Optimizer):
         kept = [tensor.detach().clone() for tensor in tensors]
         states = {param: copy.deepcopy(row) for param, row in self.inner.state.items()}
         groups, outer = copies(self.inner.param_groups), copies(self.param_groups)
-        counts, targets = dict(self.counts), dict(self._targets)
+        targets = dict(self._targets)
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                for tensor, value in zip(tensors, kept, strict=True):
-                    tensor.copy_(value)
+            _copy(tensors, kept)
+            for moment in moments:
+                moment.restore()
             self.inner.state.clear()
             self.inner.state.update(states)
             for optimizer, old in ((self.inner, groups), (self, outer)):
                 for group, values in zip(optimizer.param_groups, old, strict=True):
                     group.clear()
                     group.update(values)
-            self.counts, self._targets = counts, targets
+            self._targets = targets
             raise
 
     # The step
 
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # outputs and loss, not the loss alone
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]  # outputs and loss
         """Ask once for the gradient of the loss in the outputs, and lower the surrogate by the inner optimizer.
 
         Args:
             closure: runs the model on a batch, chosen outside of it, and returns ``(outputs, loss)``. It is called at
-                least once for each inner update.
+                least once for each inner update. It is not optional.
 
         Returns:
             The loss at the parameters before the step.
         """
-        if hasattr(self, "grad_scale"):
+        if "grad_scale" in self.__dict__:  # torch leaves them where the step raises
             del self.grad_scale, self.found_inf
             raise RuntimeError("GradScaler.step cannot take this step: give the scaler to the constructor, scaler=...")
         if not callable(closure):
@@ -300,48 +354,50 @@ class SSO(Optimizer):
         if len(rates) > 1:
             raise ValueError(f"lr is one target step size for all groups, got {sorted(rates)}")
         params = [param for group in self.param_groups for param in group["params"]]
-        buffers = list(self.module.buffers()) if self.module is not None else []
+        before, clean = _Generators(params[0].device), _Buffers(self.module)
         grads = [param.grad for param in params]
         try:
             for param in params:
                 param.grad = None
-            with self._undone_by_errors([*params, *buffers]):
-                return self._step(closure, rates.pop(), params, buffers)
+            with self._undone_by_errors(params, before, clean):
+                return self._step(closure, rates.pop(), params, before, clean)
         except _NonFiniteError as error:
             if self.nonfinite == "raise":
                 raise
-            self.counts = error.counts
             return error.loss
         finally:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
 
-    def _step(self, closure: Closure, lr: float, params: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        device = params[0].device
+    def _step(self, closure: Closure, lr: float, params: list[Tensor], before: _Generators, clean: _Buffers) -> Tensor:
         if self.reset_inner:
             self.inner.state.clear()
-        clean, before = [buffer.clone() for buffer in buffers], _Generators(device)
+        self.counts["forwards"] += 1
+        torch.clear_autocast_cache()
         with torch.enable_grad():
             outputs, loss = _pair(closure())
-        self.counts["forwards"] += 1
-        after, used = [buffer.clone() for buffer in buffers], _Generators(device)
+        after, used = _Buffers(self.module), _Generators(before.device)
         if any(param.grad is not None for param in params):
             raise RuntimeError("the closure called backward(): remove the call and return (outputs, loss)")
         new = _listed(outputs)
         if not any(output.requires_grad for output in new):
             raise RuntimeError("the closure's outputs have no graph: they must depend on the parameters")
-        old = [_wide(output.detach()) for output in new]
+        old = [_wide(output.detach().clone()) for output in new]  # outputs may be parameters, which move
         value, slopes = self._loss_gradient(outputs, old, loss)
-        drawn = _Generators(device)  # where a step that runs model and loss once would leave them
+        drawn = _Generators(before.device)  # where a step that runs model and loss once would leave them
         if not self._all_finite([value, *old, *slopes]):
-            raise _NonFiniteError("outputs, loss or gradient of the loss are not finite", self, value)
+            raise _NonFiniteError("outputs, loss or gradient of the loss are not finite", value)
         weights, surrogate = self._metric(old, slopes), self.surrogate
         if self.line_search:
             lr = self._search(lr, outputs, old, slopes, weights, loss, value, used)
 
+        # Not into other parameters' gradients. DistributedDataParallel, though, waits for those of all.
+        inputs = [param for param in params if param.requires_grad and not _processes()] or None
+
         def forward() -> list[Tensor]:
-            _copy(buffers, clean)
+            clean.restore()
             before.restore()
+            torch.clear_autocast_cache()  # it has casts of the parameters as they were
             self.counts["forwards"] += 1
             again = _listed(_pair(closure())[0])
             if [output.shape for output in again] != [output.shape for output in old]:
@@ -354,13 +410,15 @@ class SSO(Optimizer):
             if torch.is_grad_enabled():
                 for param in params:
                     param.grad = None
-                (value if self.scaler is None else self.scaler.scale(value)).backward()  # type: ignore[no-untyped-call]
+                scaled = value if self.scaler is None else self.scaler.scale(value)
+                scaled.backward(inputs=inputs)  # type: ignore[no-untyped-call]
                 self.counts["backwards"] += 1
             return self._mean(value.detach().double())
 
-        def later(known: list[Tensor]) -> Tensor:
-            if known:
+        def later(known: list[Tensor], mark: list[tuple[Any, ...]]) -> Tensor:
+            if known and mark == _mark(params):
                 return known.pop()
+            known.clear()
             if self.scaler is not None and torch.is_grad_enabled():
                 raise RuntimeError("an inner optimizer that evaluates more than once cannot have a scaler")
             return evaluate(forward())
@@ -369,30 +427,36 @@ class SSO(Optimizer):
             for k in range(self.inner_steps):
                 with torch.enable_grad():
                     known = [evaluate(new if k == 0 else forward())]  # the first has its outputs at hand
-                if not self._update(functools.partial(later, known), params, value):
+                if not self._update(later, known, params, value):
                     break
+            if not self._all_finite([sum_of_products(params, params)]):
+                raise _NonFiniteError("the parameters are not finite: take smaller inner steps", value)
         finally:
-            _copy(buffers, after)
+            after.restore()
             drawn.restore()
+            torch.clear_autocast_cache()
         return value
 
-    def _update(self, closure: Callable[[], Any], params: list[Tensor], loss: Tensor) -> bool:
-        """One inner update, from gradients that are at hand; whether another one has something to do."""
+    def _update(self, closure: Callable[..., Any], known: list[Tensor], params: list[Tensor], loss: Tensor) -> bool:
+        """One inner update, from a value and gradients that are at hand; whether another one has something to do."""
         grads = [param.grad for param in params if param.grad is not None]
         if not grads:
-            raise RuntimeError("the closure's outputs do not depend on any of the parameters")
+            raise RuntimeError(
+                "the closure's outputs do not depend on any of the parameters, or only through a checkpoint with "
+                "use_reentrant=True: that cannot work, use_reentrant=False does"
+            )
         if self.scaler is None:
             norm = sum_of_products(grads, grads).sqrt().item()
             if not math.isfinite(norm):
-                raise _NonFiniteError("the surrogate's gradient is not finite: take smaller inner steps", self, loss)
+                raise _NonFiniteError("the surrogate's gradient is not finite: take smaller inner steps", loss)
             if norm > self.tol:
-                self.inner.step(closure)
+                self.inner.step(functools.partial(closure, known, _mark(params)))
         else:
             self.scaler.unscale_(self.inner)
             try:
                 norm = sum_of_products(grads, grads).sqrt().item()
                 if not norm <= self.tol:
-                    self.scaler.step(self.inner, closure)
+                    self.scaler.step(self.inner, functools.partial(closure, known, _mark(params)))
             finally:
                 self.scaler.update()
         return not norm <= self.tol and not getattr(self.inner, "stuck", False)
@@ -401,6 +465,7 @@ class SSO(Optimizer):
         self, outputs: Targets, old: list[Tensor], loss: Callable[[Any], Tensor] | Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradient in the outputs, for which no graph to the parameters is walked."""
+        self.counts["loss_values"] += 1
         with torch.enable_grad():
             if isinstance(loss, Tensor):
                 leaves = _listed(outputs)
@@ -408,15 +473,15 @@ class SSO(Optimizer):
             else:
                 leaves = [output.clone().requires_grad_() for output in old]
                 value = loss(_like(outputs, leaves))
+            self.counts["loss_gradients"] += 1
             if not isinstance(value, Tensor):
                 raise TypeError(f"the loss must be a tensor, got {value!r}")
             if value.numel() != 1 or value.is_complex():
                 raise ValueError(f"the loss must be one real number, got {value.dtype} of shape {tuple(value.shape)}")
             if not value.requires_grad:
                 raise RuntimeError("the loss must be computed from the outputs; this one has no graph")
-            self.counts["loss_values"] += 1
-            self.counts["loss_gradients"] += 1
-            slopes = torch.autograd.grad(value, leaves, allow_unused=True)
+            found = iter(torch.autograd.grad(value, [z for z in leaves if z.requires_grad], allow_unused=True))
+            slopes = [next(found) if z.requires_grad else None for z in leaves]  # the others do not move
         if all(slope is None for slope in slopes):
             raise RuntimeError("the loss does not depend on the outputs that the closure returned")
         pairs = zip(slopes, old, strict=True)
@@ -453,18 +518,23 @@ class SSO(Optimizer):
         ways = [_samples(z) * slope / w for z, slope, w in zip(old, slopes, weights, strict=True)]
         promise = self._mean(_total([(slope * way).sum() for slope, way in zip(slopes, ways, strict=True)]))
         last = self._targets["lr"]
-        lr = min(max(lr if last is None else _GROW * last, _LEAST), _MOST)
+        least, most = min(_LEAST, lr), max(_MOST, lr)
+        lr = min(max(lr if last is None else _GROW * last, least), most)
         start = self._mean(value.double())
         while True:
             generators.restore()
             self.counts["loss_values"] += 1
             with torch.no_grad():
                 trial = loss(_like(outputs, [z - lr * way for z, way in zip(old, ways, strict=True)]))
-            if lr <= _LEAST or -math.inf < float(self._mean(trial.double())) <= float(
-                start - _SUFFICIENT * lr * promise
-            ):
+            reached = float(self._mean(trial.double()))
+            if -math.inf < reached <= float(start - _SUFFICIENT * lr * promise):
                 break
-            lr = max(lr * _SHRINK, _LEAST)
+            if lr <= least:
+                if not math.isfinite(reached):
+                    raise _NonFiniteError(f"the loss is not finite at the least trial, {lr:.3g}", value)
+                warn(f"no target step size down to {lr:.3g} descends enough: the step is taken with this one")
+                break
+            lr = max(lr * _SHRINK, least)
         self._targets["lr"] = lr
         return lr
 
@@ -504,12 +574,17 @@ class SSO(Optimizer):
 TargetSurrogate = SSO
 
 
-class _NonFiniteError(FloatingPointError):
-    """What stops a step, with what a step that is skipped says."""
+def _processes() -> int:
+    """How many there are in torch.distributed; none where it is not in use."""
+    return torch.distributed.get_world_size() if _DISTRIBUTED and torch.distributed.is_initialized() else 0
 
-    def __init__(self, message: str, optimizer: SSO, loss: Tensor) -> None:
+
+class _NonFiniteError(FloatingPointError):
+    """What stops a step, with the loss that a step that is skipped returns."""
+
+    def __init__(self, message: str, loss: Tensor) -> None:
         super().__init__(message)
-        self.counts, self.loss = dict(optimizer.counts), loss
+        self.loss = loss
 
 
 class _Generators:
@@ -525,10 +600,33 @@ class _Generators:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
+class _Buffers:
+    """The buffers of a module at one moment: which tensors they are, and what is in them."""
+
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        owners = [] if module is None else [owner._buffers for owner in module.modules()]
+        self.kept = [(buffers, dict(buffers)) for buffers in owners]
+        self.tensors = [tensor for _, kept in self.kept for tensor in kept.values() if tensor is not None]
+        self.values = [tensor.clone() for tensor in self.tensors]
+
+    def restore(self) -> None:
+        for buffers, kept in self.kept:
+            buffers.clear()
+            buffers.update(kept)
+        _copy(self.tensors, self.values)
+
+
 @torch.no_grad()
 def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def _mark(params: list[Tensor]) -> list[tuple[Any, ...]]:
+    """What differs once parameters or their gradients were written to, unless through ``.data``."""
+    grads = [param.grad for param in params]
+    versions = [None if grad is None else (id(grad), grad._version) for grad in grads]
+    return [(p._version, local(p).data_ptr(), version) for p, version in zip(params, versions, strict=True)]
 
 
 def _pair(result: Any) -> tuple[Targets, Callable[[Any], Tensor] | Tensor]:

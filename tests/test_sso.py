@@ -70,7 +70,8 @@ def weights(model):
 def everything(optimizer, model):
     """All that a failed step must leave."""
     grads = [None if param.grad is None else param.grad.clone() for param in model.parameters()]
-    return copy.deepcopy([optimizer.state_dict(), [*model.state_dict().values()], grads])
+    state = {key: value for key, value in optimizer.state_dict().items() if key != "counts"}
+    return copy.deepcopy([state, [*model.state_dict().values()], grads, torch.get_rng_state()])
 
 
 def equal(left, right) -> bool:
@@ -301,6 +302,64 @@ def test_the_batch_size_is_no_part_of_the_step_size():
     torch.testing.assert_close(*map(weights, models), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("view", [lambda p: p, lambda p: p.view(8, 3), lambda p: (p[:4], p[4:])])
+@pytest.mark.parametrize("inner", [SGD, "armijo"])
+def test_outputs_may_share_memory_with_the_parameters(view, inner):
+    def half(z):
+        return half_squared(torch.cat(z) if isinstance(z, tuple) else z)
+
+    ends = []
+    for outputs in (view, lambda p: view(p.clone())):
+        table = nn.Parameter(normal(1, 8, 3))
+        SSO([table], 0.5, inner, 20).step(lambda outputs=outputs, table=table: (outputs(table), half))
+        ends.append(table.detach())
+    torch.testing.assert_close(*ends, rtol=1e-13, atol=1e-13)
+
+
+class Elsewhere(torch.optim.Optimizer):
+    """Evaluates after it moved by ``shift`` or dropped the gradients, and keeps what it was told."""
+
+    def __init__(self, params, shift=0.0, drop=False):
+        super().__init__(params, dict(shift=shift, drop=drop))
+
+    def step(self, closure):
+        (group,) = self.param_groups
+        (param,) = group["params"]
+        with torch.no_grad():
+            param.add_(group["shift"]) if group["shift"] else None
+        self.zero_grad(group["drop"] == "none") if group["drop"] else None
+        self.told = float(closure()), param.grad.item()
+
+
+@pytest.mark.parametrize("settings", [{}, dict(shift=1.0), dict(drop="none"), dict(drop="zero")])
+def test_an_inner_optimizer_is_told_the_value_and_gradient_where_it_asks(settings):
+    param = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = SSO([param], 1.0, functools.partial(Elsewhere, **settings), 1)
+    optimizer.step(lambda: (param.clone(), lambda z: (z - 3).square().mean() / 2))
+    at = param.item()
+    assert optimizer.inner.told == (-3 * at + at * at / 2, -3 + at)
+    assert optimizer.counts["forwards"] == (2 if settings else 1)
+
+
+def test_consensus_based_optimization_inside_sees_the_surrogate_at_each_particle():
+    param, seen = nn.Parameter(torch.zeros(1, dtype=torch.float64)), []
+    optimizer = SSO([param], 1.0, optimzoo.CBO, 4)
+    step = optimizer.inner.step
+
+    def spied(closure):
+        def spy():
+            at, value = param.item(), float(closure())
+            seen.append((value, -3 * at + at * at / 2))
+            return value
+
+        return step(spy)
+
+    optimizer.inner.step = spied
+    optimizer.step(lambda: (param.clone(), lambda z: (z - 3).square().mean() / 2))
+    assert len(seen) > 1
+    assert all(value == pytest.approx(expected, abs=1e-12) for value, expected in seen)
+
+
 # The reference
 
 MODELS = {"linear": reference.LINEAR, "network": reference.two_layer()}
@@ -509,6 +568,21 @@ def test_groups_hand_their_settings_to_the_inner_optimizer():
     assert len(optimizer.param_groups) == len(groups) == 2
 
 
+def test_a_group_that_is_added_takes_the_target_step_size_of_the_time():
+    model = network()
+    optimizer = SSO(model[0].parameters(), 0.5, SGD)
+    schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+        schedule.step()
+    optimizer.add_param_group(dict(params=model[2].parameters()))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert [group["lr"] for group in optimizer.inner.param_groups] == [0.1, 0.1]
+    before = model[2].weight.clone()
+    optimizer.step(closure_of(model))
+    assert not torch.equal(before, model[2].weight)
+
+
 def test_hooks_run_and_gradients_of_parameters_are_left_alone():
     model, seen = network(), []
     for param in model.parameters():
@@ -543,6 +617,58 @@ def test_dropout_is_the_same_in_all_inner_updates_and_batch_statistics_move_once
     assert equal([*model.buffers()], [*plain.buffers()])
 
 
+class Counting(nn.Linear):
+    """Has a buffer that each forward pass makes anew, and one that only the first makes."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, inputs):
+        self.passes = self.passes + 1
+        if not hasattr(self, "first"):
+            self.register_buffer("first", self.passes.clone())
+        return super().forward(inputs) * self.passes
+
+
+def test_buffers_that_a_forward_pass_assigns_are_held_and_put_back():
+    model = Counting().double()
+    optimizer = SSO(model.parameters(), 0.1, SGD, 5, module=model)
+    before = everything(optimizer, model)
+    with pytest.raises(FloatingPointError):
+        optimizer.step(closure_of(model, lambda z: half_squared(z) / 0))
+    assert equal(before, everything(optimizer, model))
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(model.passes.item()))
+    for k in (1, 2):
+        optimizer.step(closure_of(model))
+        assert (model.passes, model.first) == (k, 1)
+    assert seen == [1] * 5 + [2] * 5
+
+
+def test_gradients_of_parameters_that_are_not_the_optimizer_s_are_left_alone():
+    model = network()
+    SSO(model[2].parameters(), 0.5, SGD, 3).step(closure_of(model))
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["function", "tensor"])
+def test_an_output_that_is_constant_stays_where_it_is(kind):
+    models = [network(), network()]
+    shift = normal(9, 8, 3)
+
+    def loss(outputs):
+        return half_squared(outputs[0] + outputs[1])
+
+    def closure():
+        outputs = models[1](INPUTS), shift
+        return outputs, loss if kind == "function" else loss(outputs)
+
+    SSO(models[0].parameters(), 0.5, SGD, 4).step(closure_of(models[0], lambda z: loss((z, shift))))
+    SSO(models[1].parameters(), 0.5, SGD, 4).step(closure)
+    torch.testing.assert_close(*map(weights, models), rtol=1e-13, atol=1e-13)
+
+
 def test_all_trials_of_a_search_see_the_noise_of_the_first_value():
     model, noise = network(), []
 
@@ -575,7 +701,133 @@ def test_a_failed_search_keeps_the_parameters_and_says_so():
     assert optimizer.counts["backwards"] == 1  # a second search would go the same way
 
 
+def test_the_least_target_step_size_that_is_searched_is_not_above_the_one_given():
+    model = network()
+    steep = lambda z: 1e6 * half_squared(z)  # noqa: E731  # it is the argument
+    optimizer = SSO(model.parameters(), 5e-7, functools.partial(torch.optim.SGD, lr=1e-7), line_search=True)
+    losses = [optimizer.step(closure_of(model, steep)).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert optimizer.state_dict()["targets"]["lr"] <= 1e-6  # 1 / L
+    with pytest.warns(UserWarning, match=r"no target step size down to 0\.0001 descends enough"):
+        SSO(model.parameters(), 1.0, SGD, 1, line_search=True).step(closure_of(model, steep))
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_a_trial_that_is_not_finite_is_never_taken(nonfinite):
+    model = network()
+    optimizer = SSO(model.parameters(), 1.0, SGD, line_search=True, nonfinite=nonfinite)
+    start = model(INPUTS).detach()
+
+    def cliff(z):  # finite where the model is, nowhere else
+        return half_squared(z) + torch.where((z - start).abs().sum() > 0, torch.inf, 0.0)
+
+    before = everything(optimizer, model)
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="the loss is not finite at the least trial"):
+            optimizer.step(closure_of(model, cliff))
+    else:
+        assert optimizer.step(closure_of(model, cliff)) == half_squared(start)
+        assert optimizer.counts["loss_values"] > 1
+    assert equal(before, everything(optimizer, model))
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("lr", [1e300, math.nan])
+def test_a_step_does_not_end_with_parameters_that_are_not_finite(lr, nonfinite):
+    class Last(torch.optim.SGD):  # nothing looks at what the last update leaves
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].mul_(lr).mul_(1e300)
+
+    model = network()
+    optimizer = SSO(model.parameters(), 0.5, functools.partial(Last, lr=0.1), 1, nonfinite=nonfinite)
+    before = everything(optimizer, model)
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="the parameters are not finite"):
+            optimizer.step(closure_of(model))
+    else:
+        optimizer.step(closure_of(model))
+    assert equal(before, everything(optimizer, model))
+
+
+# Armijo by itself
+
+
+def squares(optimizer, fails=0):
+    """The sum of squares of what an optimizer has; its call number ``fails`` raises."""
+    calls = []
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+
+    def value():
+        calls.append(None)
+        if len(calls) == fails:
+            raise KeyError("closure")
+        result = torch.stack([param.square().sum() for param in params]).sum()
+        if torch.is_grad_enabled():
+            optimizer.zero_grad()
+            result.backward()
+        return result.detach()
+
+    return value
+
+
+def test_a_closure_that_raises_within_a_search_leaves_the_parameters():
+    param = nn.Parameter(torch.ones(2))
+    with pytest.raises(KeyError, match="closure"):
+        (armijo := Armijo([param])).step(squares(armijo, 4))
+    assert torch.equal(param.detach(), torch.ones(2))
+
+
+def test_groups_of_a_search_have_one_step_size():
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    for group, match in (
+        (dict(lr=-1.0), "lr must be finite and > 0, got -1.0"),
+        (dict(growth=0.1), "growth must be finite and >= 1, got 0.1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Armijo([dict(params=[first], **group)])
+    armijo = Armijo([first])
+    armijo.param_groups[0]["lr"] = 3.0
+    with pytest.raises(ValueError, match="lr is one for all groups, got 3"):
+        armijo.add_param_group(dict(params=[second], lr=0.5))
+    armijo.add_param_group(dict(params=[second]))
+    assert [group["lr"] for group in armijo.param_groups] == [3.0, 3.0]
+    armijo.step(squares(armijo))
+    assert torch.equal(first.detach(), second.detach())
+
+
+def test_a_search_without_gradients_or_slope_stays_where_it_is():
+    param = nn.Parameter(torch.ones(2))
+    assert Armijo([param]).step(lambda: torch.tensor(1.0)) == 1
+    param = nn.Parameter(torch.zeros(2))
+    armijo = Armijo([param], lr=2.0)
+    for _ in range(100):
+        armijo.step(squares(armijo))
+    assert armijo.state[param]["step_size"] == 1e4  # 1.8 ** 100 would be 3e25
+    assert not param.any()
+
+
 # Mixed precision
+
+
+@pytest.mark.parametrize("inner", [SGD, "armijo"])
+def test_autocast_around_the_step_is_as_good_as_within_the_closure(inner):
+    models = [network(0, torch.float32) for _ in range(2)]
+    inside, outside = (SSO(model.parameters(), 1.0, inner, 5) for model in models)
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16):
+            return models[0](INPUTS.float()), half_squared
+
+    for _ in range(3):
+        inside.step(closure)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            outside.step(closure_of(models[1], inputs=INPUTS.float()))
+        outputs = models[1](INPUTS.float())
+    assert torch.equal(*map(weights, models))
+    assert torch.equal(outputs, closure()[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -616,7 +868,8 @@ def test_a_scaler_skips_inner_updates_that_overflow():
     assert scaler.get_scale() == 2.0**126
 
 
-def test_gradscaler_cannot_take_the_step_by_itself():
+@pytest.mark.parametrize("given", [True, False])
+def test_gradscaler_cannot_take_the_step_by_itself(given):
     model = network(0, torch.float32)
     optimizer, scaler = SSO(model.parameters(), 0.5, SGD), torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(1))
@@ -624,7 +877,7 @@ def test_gradscaler_cannot_take_the_step_by_itself():
         param.grad = torch.ones_like(param)
     before = everything(optimizer, model)
     with pytest.raises(RuntimeError, match="give the scaler to the constructor"):
-        scaler.step(optimizer, closure_of(model, inputs=INPUTS.float()))
+        scaler.step(optimizer, *[closure_of(model, inputs=INPUTS.float())][:given])
     assert equal(before, everything(optimizer, model))
     optimizer.step(closure_of(model, inputs=INPUTS.float()))
 
@@ -658,6 +911,9 @@ def test_an_inner_optimizer_that_evaluates_again_cannot_have_a_scaler():
         (dict(target_metric="adam"), ValueError, "target_metric must be one of 'identity', 'adagrad', got 'adam'"),
         (dict(line_search="yes"), ValueError, "line_search must be one of False, True, got 'yes'"),
         (dict(nonfinite="ignore"), ValueError, "nonfinite must be one of 'raise', 'skip', got 'ignore'"),
+        (dict(module=5), TypeError, "module must be None or a Module, got 5"),
+        (dict(scaler=5), TypeError, "scaler must be None or a GradScaler, got 5"),
+        (dict(process_group=5), TypeError, "process_group must be None or a ProcessGroup, got 5"),
         (dict(tol=-1.0), ValueError, "tol must be finite and >= 0"),
         (dict(inner=functools.partial(Armijo, lr=0.0)), ValueError, "lr must be finite and > 0"),
         (dict(inner=functools.partial(Armijo, growth=0.5)), ValueError, "growth must be finite and >= 1"),
@@ -700,6 +956,9 @@ def failing(model):
             raise KeyError("closure")
         return model(INPUTS), half_squared
 
+    def raises(z):
+        raise ZeroDivisionError("loss")
+
     other = nn.Linear(4, 3).double()
     return {
         "no closure": (None, TypeError, "step needs a closure that returns"),
@@ -728,6 +987,7 @@ def failing(model):
             RuntimeError,
             r"changed their shapes within a step, from \[\(8, 3\)\] to \[\(7, 3\)\]",
         ),
+        "loss": (lambda: (model(INPUTS), raises), ZeroDivisionError, "loss"),
         "crash": (counted(crash), KeyError, "closure"),
         "surrogate": (
             counted(lambda k: (model(INPUTS) * (1 if k < 3 else torch.nan), half_squared)),
@@ -742,7 +1002,7 @@ def failing(model):
 def test_a_step_that_raises_changes_nothing(name, inner):
     if name == "surrogate" and inner is not ADAM:
         pytest.skip("Armijo does not take a step to what is not finite")
-    model = network(0, torch.float64, nn.BatchNorm1d(6))
+    model = network(0, torch.float64, nn.BatchNorm1d(6), nn.Dropout(0.2))
     closure, error, match = failing(model)[name]
     settings = {} if name == "detached" else dict(line_search=True)  # a tensor for the loss cannot be searched
     optimizer = SSO(model.parameters(), 0.5, inner, module=model, **settings)
@@ -767,6 +1027,21 @@ def test_an_inner_optimizer_that_fails_is_put_back():
     assert optimizer.inner.param_groups[0]["params"][0] is next(model.parameters())
 
 
+def test_what_a_step_that_raised_has_spent_is_counted():
+    model = network()
+    optimizer = SSO(model.parameters(), 0.5, ADAM)
+    for name, (gradients, values, forwards, backwards) in {
+        "infinite": (1, 1, 1, 0),
+        "crash": (2, 2, 4, 2),
+        "loss": (2, 3, 5, 2),
+    }.items():
+        closure, error, _ = failing(model)[name]
+        with pytest.raises(error):
+            optimizer.step(closure)
+        spent = dict(loss_gradients=gradients, loss_values=values, forwards=forwards, backwards=backwards)
+        assert optimizer.counts == spent
+
+
 def test_a_step_can_be_skipped_where_it_is_not_finite_and_what_it_cost_is_counted():
     model = network()
     optimizer = SSO(model.parameters(), 0.5, ADAM, nonfinite="skip")
@@ -774,7 +1049,6 @@ def test_a_step_can_be_skipped_where_it_is_not_finite_and_what_it_cost_is_counte
     before, counts = everything(optimizer, model), dict(optimizer.counts)
     assert optimizer.step(closure_of(model, lambda z: half_squared(z) / 0)).isinf()
     assert optimizer.counts == {**counts, "loss_gradients": 2, "loss_values": 2, "forwards": counts["forwards"] + 1}
-    optimizer.counts = counts
     assert equal(before, everything(optimizer, model))
 
 
@@ -827,6 +1101,11 @@ def test_checkpoints_that_do_not_fit_change_nothing():
         (torch.optim.SGD(model.parameters()).state_dict(), "state_dict lacks 'inner'"),
         (other.state_dict(), "parameter group"),
         ({**saved, "inner": other.state_dict()["inner"]}, "parameter group"),
+        ({**saved, "targets": None}, "'targets'.* must have lr and sum_sq, got None"),
+        ({**saved, "targets": {}}, "'targets'.* must have lr and sum_sq, got {}"),
+        ({**saved, "targets": dict(lr=-1.0, sum_sq=None)}, "'lr'.* must be finite and > 0, got -1"),
+        ({**saved, "targets": dict(lr=None, sum_sq=3)}, "'sum_sq'.* must be None or a list of tensors, got 3"),
+        ({**saved, "counts": {}}, "'counts'.* must have loss_gradients, .*, got {}"),
     ):
         with pytest.raises(ValueError, match=match):
             optimizer.load_state_dict(wrong)
