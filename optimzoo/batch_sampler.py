@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sized
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             more there are. Default 1.
         shuffle: draw in random order. Default ``True``.
         drop_last: leave out what remains of an epoch when it is less than a batch. Default ``False``.
-        generator: draws the seed, once. Default: torch's own. All ranks use the first rank's seed.
+        generator: draws the seed, once. Default: torch's own. All ranks of the default process group use the first
+            rank's seed; ranks of another group need generators in equal states.
         num_replicas, rank: how many processes share a batch, and which this is. Default: those of the default process
             group, or one.
 
@@ -89,12 +91,13 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
     ``num_workers > 0`` draws ``num_workers * prefetch_factor`` micro-batches ahead: so late a new size arrives, and
     never within a batch. What has been drawn counts as used when :meth:`advance` is called, as
     :class:`AdaptiveBatchSize` does in each step. Iteration starts behind the last batch that was used, in the middle of
-    an epoch too, and the next epoch begins by itself.
+    an epoch too, and the next epoch begins by itself. Batches that were drawn and not used come again, of the sizes that
+    they had. There is one iteration at a time: a new one ends the one before it, after the batch that this is in.
 
     The state dict has seed, epoch, the position used and the sizes that were drawn ahead: a loader with as many workers
     goes on with the same batches, bit for bit. Where fewer samples than ranks would be left for a last batch, the one
     before it gives up as many as it takes, or has them as well if it is too small for that: the only batch that may
-    exceed ``max_batch_size``, by fewer samples than there are ranks.
+    exceed ``max_batch_size``, by fewer samples than there are ranks, and ``max_micro_batch_size``, by one.
     """
 
     def __init__(
@@ -135,9 +138,10 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self.position = 0  # samples of this epoch that were used
         self._drawn: deque[Batch] = deque()  # and not yet used
-        self._planned: deque[int] = deque()  # sizes that a loaded state had drawn
+        self._planned: deque[int] = deque()  # sizes that an earlier iteration or a loaded state had drawn
         self._at = 0  # samples of this epoch that were drawn
         self._yielded = 0  # micro-batches of the batches that this iteration drew
+        self._handed = 0  # micro-batches that came of the batches in _drawn
 
     @property
     def batch_size(self) -> int:
@@ -146,6 +150,10 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
+        self._check_size(value)
+        self._batch_size = value
+
+    def _check_size(self, value: int) -> None:
         check_int("batch_size", value, self.num_replicas, self.max_batch_size)
         if self._steps(value) * self.num_replicas > value:
             raise ValueError(
@@ -153,7 +161,6 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
                 f"{self.num_replicas} ranks, with max_micro_batch_size={self.max_micro_batch_size} and "
                 f"min_accumulation_steps={self.min_accumulation_steps}"
             )
-        self._batch_size = value
 
     @property
     def accumulation_steps(self) -> int:
@@ -187,14 +194,19 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.length, generator=torch.Generator().manual_seed(mixed))
 
     def __iter__(self) -> Iterator[list[int]]:
+        self._planned.extendleft(batch.batch_size for batch in reversed(self._drawn))
         drawn = self._drawn = deque()
-        self._at, self._yielded = self.position, 0
+        self._at, self._yielded, self._handed = self.position, 0, 0
         order = self._order()
         while drawn is self._drawn:  # a newer iteration, or the next epoch, ends this one
-            size = self._planned.popleft() if self._planned else self.batch_size
+            size = self._next_size
             left = self.length - self._at
             if left < (size if self.drop_last else 1):
+                if self.drop_last and not self._planned:
+                    self._planned.append(size)  # so that a smaller one does not begin the end of the epoch anew
                 break
+            if self._planned:
+                self._planned.popleft()
             batch = self._cut(left, size)
             drawn.append(batch)
             start = self._at
@@ -202,6 +214,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             ranks, shares = self.num_replicas, _even(batch.samples, len(batch.shares) * self.num_replicas)
             for i, share in enumerate(shares):
                 if i % ranks == self.rank:
+                    self._handed += drawn is self._drawn
                     yield order[start : start + share].tolist()
                 start += share
         if drawn is self._drawn and not drawn and self._at >= self.position > 0:
@@ -213,13 +226,19 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         Before an iteration: those that are left of the epoch.
         """
         count, left = self._yielded, self.length - self._at
-        size = self.batch_size
-        skipped = max(0, left // size - 2)
-        count, left = count + skipped * self._steps(size), left - skipped * size
-        while left >= (size if self.drop_last else 1):
+        for i, size in enumerate(chain(self._planned, repeat(self.batch_size))):
+            if i == len(self._planned):  # from here on they are equal
+                skipped = max(0, left // size - 2)
+                count, left = count + skipped * self._steps(size), left - skipped * size
+            if left < (size if self.drop_last else 1):
+                break
             batch = self._cut(left, size)
             count, left = count + len(batch.shares), left - batch.samples
         return count
+
+    @property
+    def _next_size(self) -> int:
+        return self._planned[0] if self._planned else self.batch_size
 
     def advance(self) -> Batch:
         """Count the batch under way as used, and return it.
@@ -234,7 +253,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             )
         batch = self._drawn.popleft()
         self.position += batch.samples
-        if not self._drawn and self.length - self.position < (self.batch_size if self.drop_last else 1):
+        self._handed = max(0, self._handed - len(batch.shares))
+        if not self._drawn and self.length - self.position < (self._next_size if self.drop_last else 1):
             self.set_epoch(self.epoch + 1)
         return batch
 
@@ -246,7 +266,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         """
         check_int("epoch", epoch, 0, math.inf)
         if epoch != self.epoch:
-            self.epoch, self.position, self._at, self._yielded = epoch, 0, 0, 0
+            self.epoch, self.position, self._at, self._yielded, self._handed = epoch, 0, 0, 0, 0
             self._drawn, self._planned = deque(), deque()
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,16 +285,24 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         """Go on where the state was taken; an iteration that is under way ends.
 
         Raises:
-            ValueError: the state is that of a dataset of another length, its batch size exceeds the maximum, or an
-                entry is missing.
+            ValueError: the state is that of a dataset of another length, a batch size exceeds the maximum, or an entry
+                is missing or out of range. Nothing has changed then.
         """
         check_entries(state_dict, self.state_dict())
         if state_dict["length"] != self.length:
             raise ValueError(f"the state is of a dataset of length {state_dict['length']}, this has {self.length}")
+        planned = state_dict["planned"]
+        if not isinstance(planned, list | tuple):
+            raise ValueError(f"planned must be a list of batch sizes, got {planned!r}")
+        for size in (state_dict["batch_size"], *planned):
+            self._check_size(size)
+        check_int("seed", state_dict["seed"], -math.inf, math.inf)
+        check_int("epoch", state_dict["epoch"], 0, math.inf)
+        check_int("position", state_dict["position"], 0, self.length)
         self.batch_size = state_dict["batch_size"]
         self.seed, self.epoch, self.position = (state_dict[name] for name in ("seed", "epoch", "position"))
-        self._drawn, self._planned = deque(), deque(state_dict["planned"])
-        self._at, self._yielded = self.position, 0
+        self._drawn, self._planned = deque(), deque(planned)
+        self._at, self._yielded, self._handed = self.position, 0, 0
 
 
 def _even(samples: int, parts: int) -> list[int]:
@@ -289,8 +317,8 @@ def check_entries(state_dict: dict[str, Any], names: Iterable[str]) -> None:
         raise ValueError(f"state_dict lacks {', '.join(missing)}")
 
 
-def check_int(name: str, value: Any, low: int, high: float) -> None:
+def check_int(name: str, value: Any, low: float, high: float) -> None:
     """Raise unless a value is an int from ``low`` to ``high``, both allowed."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        bound = "" if high == math.inf else f" and <= {high}"
-        raise ValueError(f"{name} must be an int >= {low}{bound}, got {value!r}")
+        bound = "" if low == -math.inf else f" >= {low}" if high == math.inf else f" >= {low} and <= {high}"
+        raise ValueError(f"{name} must be an int{bound}, got {value!r}")

@@ -243,3 +243,63 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="batch_size must be an int >= 1 and <= 3, got 4"):
         small.load_state_dict(sampler.state_dict())
     assert small.state_dict() == before
+
+
+def test_a_loop_that_breaks_off_goes_on_as_from_its_state():
+    sampler = sampler_of(400, 8, max_micro_batch_size=4)
+    ahead = iter(sampler)
+    for _ in range(11):  # as a loader with workers would
+        next(ahead)
+    sampler.advance()
+    sampler.batch_size = 32
+    other = sampler_of(400, 8, seed=9, max_micro_batch_size=4)
+    other.load_state_dict(sampler.state_dict())
+    expected = list(other)
+    assert len(sampler_of(400, 8)) == 50
+    assert list(sampler) == expected
+    assert [len(batch) for batch in expected][:12] == [4] * 12
+
+
+def test_the_length_knows_sizes_that_were_drawn_ahead():
+    for drop_last in (False, True):
+        sampler = sampler_of(100, 8, drop_last=drop_last)
+        sampler.load_state_dict({**sampler.state_dict(), "planned": [8] * 6, "batch_size": 64})
+        assert len(sampler) == len(list(sampler)) == (6 if drop_last else 7)
+
+
+def test_an_epoch_that_ended_while_the_size_was_larger_is_over():
+    # 10 + 10 of 29 were drawn when the size is 12: the last 9 are left out, whatever the size becomes.
+    for resumed in (False, True):
+        sampler = sampler_of(29, 10, drop_last=True)
+        ahead = iter(sampler)
+        next(ahead), next(ahead)
+        sampler.batch_size = 12
+        assert next(ahead, None) is None
+        sampler.batch_size = 4
+        if resumed:
+            state = sampler.state_dict()
+            sampler = sampler_of(29, 10, seed=9, drop_last=True)
+            sampler.load_state_dict(state)
+            assert [len(batch) for batch in sampler] == [10, 10]
+        sampler.advance(), sampler.advance()
+        assert (sampler.epoch, sampler.position) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (dict(position=-1), "position must be an int >= 0 and <= 20, got -1"),
+        (dict(position=900), "position must be an int >= 0 and <= 20, got 900"),
+        (dict(planned=[0]), "batch_size must be an int >= 1 and <= 20, got 0"),
+        (dict(planned=[99]), "batch_size must be an int >= 1 and <= 20, got 99"),
+        (dict(planned=None), "planned must be a list of batch sizes, got None"),
+        (dict(epoch="a"), "epoch must be an int >= 0, got 'a'"),
+        (dict(seed=None), "seed must be an int, got None"),
+    ],
+)
+def test_a_state_out_of_range_changes_nothing(entry, message):
+    sampler = sampler_of(20, 4)
+    before = sampler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict({**before, "batch_size": 8, **entry})
+    assert sampler.state_dict() == before
