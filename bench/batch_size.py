@@ -461,7 +461,7 @@ def run_preset(args: argparse.Namespace, reader: Any = None) -> Outcome:
                 print(f"{schedule.samples} samples, step {schedule.steps}, batch {sampler.batch_size}", file=sys.stderr)
             if schedule.samples >= preset.samples:
                 break
-    seconds = time.process_time() - start
+    seconds = time.perf_counter() - start
     model.eval()
     right = 0
     with torch.no_grad():

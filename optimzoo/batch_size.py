@@ -92,7 +92,8 @@ class AdaptiveBatchSize:
         test_interval: test each so many steps. Default 1.
         ema: weight of the past in the averages of variance and squared norm, which are smoothed each by itself; in
             [0, 1). Default 0.
-        max_growth: the largest factor in one test, > 1. Default: none.
+        max_growth: the largest factor in one test, > 1, before the size is rounded up to equal micro-batches.
+            Default: none.
         monotone: never shrink. Default ``True``. Otherwise the first batch size is the least.
         unbiased: subtract from :math:`\|\bar g\|^2` the part that is due to noise, :math:`V/b`, where that leaves
             something. Default ``False``.
@@ -142,10 +143,9 @@ class AdaptiveBatchSize:
             check_number(name, value, 0.0, math.inf, "finite and > 0", above=True)
         check_int("test_interval", test_interval, 1, math.inf)
         check_number("ema", ema, 0.0, 1.0, "in [0, 1)")
-        if not max_growth > 1:
-            raise ValueError(f"max_growth must be > 1, got {max_growth!r}")
-        if not 0 < quantile <= 1:
-            raise ValueError(f"quantile must be in (0, 1], got {quantile!r}")
+        if max_growth != math.inf:
+            check_number("max_growth", max_growth, 1.0, math.inf, "> 1", above=True)
+        check_number("quantile", quantile, 0.0, math.nextafter(1.0, 2.0), "in (0, 1]", above=True)
         if test == "coordinatewise" and ema > 0:
             raise ValueError(f"ema must be 0 for the coordinatewise test, which has no sum to smooth, got {ema!r}")
         self.optimizer, self.sampler = optimizer, sampler
@@ -164,6 +164,8 @@ class AdaptiveBatchSize:
         self._batch: Batch | None = None  # that the last backward pass was of
         self._passes = 0  # backward passes of that batch
         self._task = -1  # the graph task of the last of them
+        self._in_pass = False  # one is under way
+        self._reads = False  # the batch is tested, as was found at its first pass
         self._watched: dict[Tensor, Any] = {}
         self.largest = self._split(sampler.max_batch_size)
         """The largest batch size that the sampler's maximum and the split allow."""
@@ -181,6 +183,11 @@ class AdaptiveBatchSize:
         ranks, passes = sampler.num_replicas, sampler.accumulation_steps
         ddp = _HAS_DISTRIBUTED and isinstance(model, DistributedDataParallel)
         sharded = _HAS_DISTRIBUTED and any(isinstance(param, DTensor) for param in self.params)
+        if ranks > 1 and _HAS_DISTRIBUTED and dist.is_initialized() and dist.get_world_size() != ranks:
+            raise ValueError(
+                f"sampler must share its batches among all {dist.get_world_size()} processes of the default group, "
+                f"has num_replicas={ranks}"
+            )
         if source is None:
             source = "ddp" if ddp else "micro_batch" if passes > 1 else "per_sample"
         _check_choice("source", source, SOURCES)
@@ -190,6 +197,10 @@ class AdaptiveBatchSize:
                 problem = "needs model=, a DistributedDataParallel; for FSDP2 use source='micro_batch'"
             elif ranks < 2:
                 problem = f"needs two ranks or more, the sampler has num_replicas={ranks}"
+            elif dist.get_world_size(cast("DistributedDataParallel", model).process_group) != ranks:
+                problem = f"needs a model whose process group is that of the sampler, with num_replicas={ranks}"
+            elif {p for p in cast("nn.Module", model).parameters() if p.requires_grad} != set(self.params):
+                problem = "needs an optimizer of all trainable parameters of the model, and of no others"
         elif source == "micro_batch":
             if passes < 2:
                 problem = (
@@ -240,7 +251,8 @@ class AdaptiveBatchSize:
     def weight(self) -> float:
         """What to multiply the mean loss of the micro-batch under way by, so that gradients add up to the batch's mean.
 
-        It is ``1 / accumulation_steps`` where micro-batches are equal, as all but those of an epoch's last batch are.
+        It is ``1 / accumulation_steps`` where micro-batches are equal: those of a size that a test has set are, but for
+        an epoch's last batch; those of the first size need not be.
         """
         current = self.sampler.current
         if current is None or self.remaining < 1:
@@ -250,6 +262,8 @@ class AdaptiveBatchSize:
     @property
     def _index(self) -> int:
         """Backward passes of the batch under way; a loop that was left in the middle of one begins another."""
+        if torch._C._current_graph_task_id() == -1:
+            self._in_pass = False  # of one that was broken off
         return self._passes if self._batch is self.sampler.current else 0
 
     @property
@@ -278,7 +292,8 @@ class AdaptiveBatchSize:
                 f"{self._index} backward passes were seen for a batch of {len(batch.shares)} micro-batches; step only "
                 "where schedule.remaining is 0, and call backward once for each micro-batch"
             )
-        moments = self._source.read(batch) if self.needs_stats else None
+        reads = self._reads if self._index else self.needs_stats
+        moments = self._source.read(batch) if reads else None
         self.sampler.advance()
         self.samples += batch.samples
         self.steps += 1
@@ -327,7 +342,7 @@ class AdaptiveBatchSize:
         for average, part in zip(self.averages, parts, strict=True):
             average[:] = [self.ema * old + (1 - self.ema) * new for old, new in zip(average, part, strict=True)]
         thresholds = {"inner_product": [self.theta], "augmented": [self.theta, self.nu]}.get(self.test, [self.eta])
-        bounds = [bound**2 * g for (_, g), bound in zip(self.averages, thresholds, strict=True)]
+        bounds = [bound * bound * g for (_, g), bound in zip(self.averages, thresholds, strict=True)]
         if min(bounds) == 0:
             return math.nan
         return max(v / bound for (v, _), bound in zip(self.averages, bounds, strict=True))
@@ -342,10 +357,12 @@ class AdaptiveBatchSize:
         """Bring the learning rates to the size of the batch that comes next, which was drawn some steps ago."""
         factor = (self.batch_size / self.first_batch_size) ** _POWERS[self.lr_coupling]
         if factor != self.lr_factor:
-            for group in self.optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].mul_(factor / self.lr_factor)
-                else:
+            groups = self.optimizer.param_groups
+            for lr in {id(group["lr"]): group["lr"] for group in groups}.values():  # groups may share a tensor
+                if isinstance(lr, Tensor):
+                    lr.mul_(factor / self.lr_factor)
+            for group in groups:
+                if not isinstance(group["lr"], Tensor):
                     group["lr"] *= factor / self.lr_factor
             self.lr_factor = factor
 
@@ -356,8 +373,8 @@ class AdaptiveBatchSize:
         def seen(param: Tensor) -> None:
             schedule = own()
             task = torch._C._current_graph_task_id()
-            if schedule is not None and task != schedule._task:
-                schedule._task = task
+            if schedule is not None and task != schedule._task and not schedule._in_pass:
+                schedule._task, schedule._in_pass = task, True
                 if schedule._index == 0:  # before DDP reduces what a source may read
                     schedule._source.clear()
                 engine: Any = torch.autograd.Variable._execution_engine
@@ -369,9 +386,18 @@ class AdaptiveBatchSize:
 
     def _end_pass(self) -> None:
         """What happens when a backward pass has left its gradients."""
+        self._in_pass = False
         batch, index = self.sampler.current, self._index
+        if batch is not None and index >= len(batch.shares):
+            raise RuntimeError(
+                f"there was a backward pass more than the {len(batch.shares)} micro-batches of the batch: call "
+                "backward once for each, with the sum of all losses, step where schedule.remaining is 0, and "
+                "checkpoint activations with use_reentrant=False"
+            )
+        if index == 0:
+            self._reads = self.needs_stats
         self._batch, self._passes = batch, index + 1
-        if batch is not None and index < len(batch.shares) and self.needs_stats:
+        if batch is not None and self._reads:
             self._source.end_pass(batch, index)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -384,6 +410,9 @@ class AdaptiveBatchSize:
                 tensor.copy_(moved)
         return tensor
 
+    def __reduce__(self) -> Any:
+        raise TypeError("AdaptiveBatchSize has hooks on its parameters and cannot be copied: use its state_dict")
+
     def state_dict(self) -> dict[str, Any]:
         """What was counted and averaged; the sampler has a state of its own."""
         return copy.deepcopy({name: getattr(self, name) for name in _STATE})
@@ -392,9 +421,11 @@ class AdaptiveBatchSize:
         """Go on with what a state dict counted and averaged. Load the sampler's and the optimizer's as well.
 
         Raises:
-            ValueError: an entry is missing.
+            ValueError: an entry is missing, or the averages are those of another test. Nothing has changed then.
         """
         check_entries(state_dict, _STATE)
+        if len(state_dict["averages"]) not in (0, 2 if self.test == "augmented" else 1):
+            raise ValueError(f"averages must be those of the {self.test} test, got {state_dict['averages']!r}")
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state_dict[name]))
         self._source.clear()
@@ -419,12 +450,14 @@ class SamplesLR(LRScheduler):
         min_lr: :math:`\gamma_{\min}`, >= 0. Default 0.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument is of another kind or out of range.
     """
 
     def __init__(
         self, schedule: AdaptiveBatchSize, total_samples: float, warmup_samples: float = 0, min_lr: float = 0.0
     ) -> None:
+        if not isinstance(schedule, AdaptiveBatchSize):
+            raise TypeError(f"schedule must be an AdaptiveBatchSize, got {schedule!r}")
         check_number("warmup_samples", warmup_samples, 0.0, math.inf, "finite and >= 0")
         check_number("total_samples", total_samples, warmup_samples, math.inf, "> warmup_samples", above=True)
         check_number("min_lr", min_lr, 0.0, math.inf, "finite and >= 0")

@@ -89,6 +89,7 @@ class PerSample:
 
     def __init__(self, schedule: AdaptiveBatchSize) -> None:
         self.schedule = weakref.proxy(schedule)
+        self.last: list[Any] = []  # what was read last
 
     def end_pass(self, batch: Batch, index: int) -> None:
         """Nothing: they lie where they are until they are read."""
@@ -100,6 +101,11 @@ class PerSample:
     def read(self, batch: Batch) -> Moments:
         schedule = self.schedule
         samples = _grad_samples(schedule.params, sum(batch.shares))
+        written = [getattr(param, "grad_sample", None) for param in schedule.params]
+        now = [(weakref.ref(value), value._version) for value in written if isinstance(value, Tensor)]
+        if now and now == self.last:
+            raise RuntimeError("grad_sample is that of the batch before: write it anew for each batch, or clear it")
+        self.last = now
         sums, squares = sum_samples(samples)
         for total in (*sums, squares):
             schedule.all_reduce(total)

@@ -333,10 +333,9 @@ def test_gradients_add_up_to_the_mean_of_the_batch_where_micro_batches_are_unequ
             break
     assert [len(inputs) for inputs, _ in seen] == [6, 5, 5]
     found = [param.grad.clone() for param in model.parameters()]
-    model.zero_grad()
-    nn.functional.mse_loss(model(torch.cat([x for x, _ in seen])), torch.cat([y for _, y in seen])).backward()
-    for left, right in zip(found, model.parameters(), strict=True):
-        torch.testing.assert_close(left, right.grad)
+    loss = nn.functional.mse_loss(model(torch.cat([x for x, _ in seen])), torch.cat([y for _, y in seen]))
+    for left, right in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(left, right)
 
 
 def test_clipping_does_not_change_the_statistics():
@@ -832,3 +831,100 @@ def test_no_variance_where_the_batch_is_one_sample_is_no_test():
         schedule.step()
     assert (schedule.tests, schedule.skips) == (2, 1)
     assert schedule.sampler.batch_size == 2
+
+
+def test_a_pass_too_many_is_an_error_at_once():
+    model, _, schedule, loader = task(micro=8, batch_size=16)
+    inputs, targets = next(iter(loader))
+    for _ in range(2):
+        nn.functional.mse_loss(model(inputs), targets).backward()
+    with pytest.raises(RuntimeError, match="a backward pass more than the 2 micro-batches"):
+        nn.functional.mse_loss(model(inputs), targets).backward()
+    assert schedule.remaining == 0
+
+
+def test_a_reentrant_checkpoint_within_a_pass_is_not_a_pass():
+    torch.manual_seed(0)
+    first, middle, last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+    model = nn.Sequential(first, middle, last)
+    data = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
+    sampler = AdaptiveBatchSampler(data, batch_size=16, max_micro_batch_size=4)
+    schedule = AdaptiveBatchSize(torch.optim.SGD(model.parameters(), 0.1), sampler, eta=0.5)
+    counts = []
+    for inputs, targets in DataLoader(data, batch_sampler=sampler):
+        hidden = torch.utils.checkpoint.checkpoint(middle, first(inputs), use_reentrant=True)
+        (schedule.weight * nn.functional.mse_loss(last(hidden), targets)).backward()
+        counts.append(schedule.remaining)
+        if schedule.remaining == 0:
+            break
+    assert counts == [3, 2, 1, 0]
+
+
+def test_a_pass_that_breaks_off_does_not_end_the_counting():
+    model, _, schedule, loader = task(micro=8, batch_size=16)
+    (inputs, targets), *_ = loader
+    handle = model[0].weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        nn.functional.mse_loss(model(inputs), targets).backward()
+    handle.remove()
+    before = schedule.remaining
+    nn.functional.mse_loss(model(inputs), targets).backward()
+    assert schedule.remaining == before - 1
+
+
+def test_a_rate_that_groups_share_is_multiplied_once():
+    data = TensorDataset(torch.randn(64, 4))
+    sampler = AdaptiveBatchSampler(data, batch_size=8)
+    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    lr = torch.tensor(0.1)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in params], lr=lr, foreach=False)
+    schedule = AdaptiveBatchSize(optimizer, sampler, lr_coupling="linear")
+    sampler.batch_size = 32
+    schedule._couple()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.4, 0.4])
+
+
+def test_the_size_may_be_set_to_the_maximum_and_back_within_a_batch():
+    model, _, schedule, loader = task(micro=4, batch_size=16)
+    sampler = schedule.sampler
+    for inputs, targets in loader:
+        sampler.batch_size = sampler.max_batch_size if schedule.remaining == 3 else 16
+        (schedule.weight * nn.functional.mse_loss(model(inputs), targets)).backward()
+        if schedule.remaining == 0:
+            schedule.step()
+            break
+    assert (schedule.steps, schedule.tests + schedule.skips) == (1, 1)
+
+
+def test_gradients_of_the_batch_before_are_refused():
+    data = TensorDataset(torch.randn(64, 4))
+    sampler = AdaptiveBatchSampler(data, batch_size=8)
+    param = nn.Parameter(torch.ones(4))
+    schedule = AdaptiveBatchSize(torch.optim.SGD([param], 0.1), sampler, eta=10.0)
+    batches = iter(DataLoader(data, batch_sampler=sampler))
+    (inputs,) = next(batches)
+    param.grad_sample, param.grad = inputs.clone(), inputs.mean(0)
+    schedule.step()
+    next(batches)
+    with pytest.raises(RuntimeError, match="grad_sample is that of the batch before"):
+        schedule.step()
+    assert schedule.steps == 1
+
+
+def test_settings_and_states_of_another_kind_are_named():
+    data = TensorDataset(torch.randn(64, 4))
+    sampler = AdaptiveBatchSampler(data, batch_size=8)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(4))], 0.1)
+    with pytest.raises(TypeError, match="quantile must be a number"):
+        AdaptiveBatchSize(optimizer, sampler, quantile="a")
+    with pytest.raises(TypeError, match="max_growth must be a number"):
+        AdaptiveBatchSize(optimizer, sampler, max_growth=None)
+    with pytest.raises(TypeError, match="schedule must be an AdaptiveBatchSize"):
+        SamplesLR(optimizer, 100)
+    schedule = AdaptiveBatchSize(optimizer, sampler, test="augmented")
+    with pytest.raises(TypeError, match="use its state_dict"):
+        copy.deepcopy(schedule)
+    state = {**AdaptiveBatchSize(optimizer, sampler).state_dict(), "averages": [[1.0, 1.0]], "steps": 7}
+    with pytest.raises(ValueError, match="averages must be those of the augmented test"):
+        schedule.load_state_dict(state)
+    assert schedule.steps == 0
