@@ -107,18 +107,15 @@ class Hessian:
         grads = _grad(loss, self.params, create_graph=True)
         _check_twice(loss, grads)
         curved = [i for i, grad in enumerate(grads) if grad.requires_grad]
+        params = self.params  # and not self: a cycle would keep the graph until the garbage collector runs
 
         def product(vector: Tensor) -> Tensor:
             if not curved:  # the gradient depends on no parameter
                 return torch.zeros_like(vector)
-            pieces = self._split(vector)
-            return _flat(_grad([grads[i] for i in curved], self.params, [pieces[i] for i in curved], retain_graph=True))
+            pieces = _split(vector, params)
+            return _flat(_grad([grads[i] for i in curved], params, [pieces[i] for i in curved], retain_graph=True))
 
         return loss, _flat(grads).detach(), product
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        pieces = torch.split(vector, [param.numel() for param in self.params])
-        return [piece.view(param.shape) for piece, param in zip(pieces, self.params, strict=True)]
 
     def _call(self, closure: Closure) -> Any:
         """What a closure returns; gradients, buffers and generators do not notice."""
@@ -160,14 +157,15 @@ class GGN(Hessian):
         pulled = _grad(outputs, self.params, dummy, create_graph=True)
         _check_twice(loss, [slope, *pulled])
         moved = [i for i, pull in enumerate(pulled) if pull.requires_grad]
+        params = self.params
 
         def product(vector: Tensor) -> Tensor:
             if not slope.requires_grad or not moved:
                 return torch.zeros_like(vector)
-            pieces = self._split(vector)
+            pieces = _split(vector, params)
             (push,) = _grad([pulled[i] for i in moved], [dummy], [pieces[i] for i in moved], retain_graph=True)
             (curved,) = _grad(slope, [outputs], push, retain_graph=True)
-            return _flat(_grad(outputs, self.params, curved, retain_graph=True))
+            return _flat(_grad(outputs, params, curved, retain_graph=True))
 
         return loss, _flat(grads).detach(), product
 
@@ -221,6 +219,11 @@ def _with_graph(value: Tensor, what: str = "loss") -> Tensor:
             f"the closure's {what} has no graph: return the tensor itself, without detach(), item() or no_grad()"
         )
     return value
+
+
+def _split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    pieces = torch.split(vector, [param.numel() for param in params])
+    return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -197,21 +197,26 @@ def test_training_does_not_notice(several):
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-12)  # one mask of Dropout for all products
 
 
-def test_the_graph_is_freed_with_the_operator():
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_the_graph_is_freed_with_the_operator(kind):
     model, inputs = prepared(mlp)
     kept = []
 
     def closure():
         hidden = model[0](inputs)
         kept.append(weakref.ref(hidden))
-        return F.cross_entropy(model[2](hidden.tanh()), LABELS)
+        outputs = model[2](hidden.tanh())
+        loss = F.cross_entropy(outputs, LABELS)
+        return (outputs, loss) if kind is GGN else loss
 
+    gc.collect()
     gc.disable()
     try:
-        operator = Hessian(closure, list(model.parameters()))
+        operator = kind(closure, list(model.parameters()))
         lanczos(operator, 5)
+        kept.append(weakref.ref(operator))
         del operator
-        assert kept[0]() is None
+        assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()
 
