@@ -13,11 +13,14 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from optimzoo.closure import check_loss
 from optimzoo.optimizer import check_number, local
 
 Closure: TypeAlias = Callable[[], Any]
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 class Operator(Protocol):
@@ -266,11 +269,22 @@ def _nodes(heads: Sequence[Tensor]) -> set[Any]:
 def _check_twice(loss: Tensor, grads: Sequence[Tensor]) -> None:
     """Raise if a function marked once_differentiable is part of the loss.
 
-    Its node raises when it is reached, but nothing leads from it to the parameters: without this look the product would
-    be wrong and nothing would say so.
+    What it returns as a gradient is a constant to autograd: without this look the product would be wrong and nothing
+    would say so. One that ends the loss leaves no mark in the graph of the gradient, so the loss's own is searched.
     """
-    if any(node.name().endswith("Error") for node in _nodes(grads)):
-        raise RuntimeError(f"{_custom([loss])} has no second derivative: it is marked once_differentiable")
+    once = [node for node in _nodes([loss]) if _is_once(getattr(getattr(node, "_forward_cls", None), "backward", None))]
+    if once or any(node.name().endswith("Error") for node in _nodes(grads)):
+        names = ", ".join(sorted({node._forward_cls.__name__ for node in once})) or _custom([loss])
+        raise RuntimeError(f"{names} has no second derivative: it is marked once_differentiable")
+
+
+def _is_once(function: Any) -> bool:
+    """Whether the decorator is among those of a function: all that it returns share one code."""
+    while function is not None:
+        if getattr(function, "__code__", None) is _ONCE:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _custom(heads: Sequence[Tensor]) -> str:

@@ -336,6 +336,37 @@ class Halved(torch.autograd.Function):
         return 2 * grad
 
 
+class Fused(torch.autograd.Function):
+    """A sum of cubes that computes its gradient with itself, as fused losses do."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(3 * x.square())
+        return x.pow(3).sum()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class Twice(torch.autograd.Function):
+    """A square whose derivative is decorated and has one itself."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
 def backward_called(w):
     loss = w.square().sum()
     loss.backward(retain_graph=True)
@@ -361,6 +392,7 @@ CLOSURES = {
     "nothing": (lambda w: None, TypeError, "must return the loss, got None"),
     "vector": (lambda w: 2 * w, ValueError, "must be one number"),
     "once": (lambda w: Halved.apply(w * w).square().sum(), RuntimeError, "^Halved has no second derivative"),
+    "fused": (lambda w: Fused.apply(w.sin()), RuntimeError, "^Fused has no second derivative"),
     "attention": (attention, RuntimeError, "flash_attention.*has no second derivative"),
     "raises": (lambda w: 1 / 0, ZeroDivisionError, "division"),
 }
@@ -384,10 +416,18 @@ def test_a_wrong_closure_of_the_gauss_newton_matrix_is_named():
     for closure, error, match in [
         (lambda: w.sum(), TypeError, r"must return \(outputs, loss\)"),
         (lambda: (w.detach(), w.sum()), RuntimeError, "outputs has no graph"),
-        (lambda: (Halved.apply(w), Halved.apply(w).sum()), RuntimeError, "Halved has no second derivative"),
+        (lambda: (lambda z: (z, z.square().sum()))(Halved.apply(w)), RuntimeError, "^Halved has no second derivative"),
+        (lambda: (lambda z: (z, Fused.apply(z)))(w.sin()), RuntimeError, "^Fused has no second derivative"),
     ]:
         with pytest.raises(error, match=match):
             GGN(closure, [w])
+
+
+def test_other_decorators_of_a_backward_are_no_obstacle():
+    w = normal(1, 6).requires_grad_()
+    torch.testing.assert_close(
+        Hessian(lambda: Twice.apply(w).sum(), [w]) @ torch.ones(6).double(), 2 * torch.ones(6).double()
+    )
 
 
 def test_a_compiled_model_is_named():
