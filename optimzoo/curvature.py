@@ -338,7 +338,10 @@ def lanczos(
             exact; its bottom wants 40 or more.
         start: the first vector, of any length. Default: Gaussian, from ``seed``.
         seed: of the start. Equal seeds give equal starts in all processes.
-        tol: stop when the error bound of the largest value is below this share of it. Default 0.
+        tol: stop, after three products or more, when both the error bound of the largest value and what the last
+            product added to it are below this share of it, and of its distance to the lowest value. The bound says that
+            *an* eigenvalue is near, not that it is the largest: a start that hardly meets that one's eigenvector can
+            still miss it. Default 0: never.
 
     The run ends early where the products so far span an invariant subspace: the values are then exact.
     """
@@ -355,6 +358,7 @@ def lanczos(
     basis = q.new_empty(min(iterations, size), size)
     diagonal: list[float] = []
     off: list[float] = []
+    last = math.inf
     for j in range(len(basis)):
         basis[j] = q
         w = operator @ q
@@ -373,8 +377,12 @@ def lanczos(
             break
         if tol:
             spectrum = _ritz(diagonal, off, size)
-            if spectrum.errors[0] <= tol * spectrum.values[0].abs():
+            top, low = float(spectrum.values[0]), float(spectrum.values[-1])
+            # The distance, since a multiple of the identity, as damping is, makes a value large and no better known.
+            scale = tol * min(abs(top), top - low)
+            if j >= 2 and max(float(spectrum.errors[0]), top - last) <= scale:
                 return spectrum
+            last = top
         q = w / off[-1]
     return _ritz(diagonal, off, size)
 

@@ -279,6 +279,35 @@ def test_a_run_ends_when_the_top_is_known():
     assert abs(float(spectrum.values[0]) - 9) <= float(spectrum.errors[0])
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("bulk", "spike"), [(1.0, 20.0), (-100.0, 50.0), (0.0, 3.0)])
+def test_a_run_does_not_end_at_a_bulk_far_from_zero(bulk, spike, seed):
+    values = torch.full((100_000,), bulk)
+    values[0] = spike
+
+    class Diagonal:
+        shape, dtype, device = (len(values), len(values)), values.dtype, values.device
+
+        def __matmul__(self, vector):
+            return values * vector
+
+    assert float(lanczos(Diagonal(), 10, seed=seed, tol=0.1).values[0]) == pytest.approx(spike, rel=0.1)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.2, 1.0, 10.0])
+def test_damping_does_not_hide_the_top_of_a_network(damping):
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    with torch.no_grad():
+        for i, param in enumerate(model.parameters()):
+            param.copy_(normal(i, *param.shape) / math.sqrt(param.shape[-1]))
+    inputs, labels = normal(7, 128, 20).float(), torch.arange(128) % 10
+    operator = Hessian(loss_of(model, inputs, labels), list(model.parameters()))
+    top = float(lanczos(operator, 40).values[0])
+    for seed in range(3):  # starts from which ten products suffice
+        spectrum = lanczos(Preconditioned(operator, 1.0, damping), 10, seed=seed, tol=0.1)
+        assert float(spectrum.values[0]) == pytest.approx(top + damping, abs=0.1 * top)
+
+
 def test_a_product_that_is_not_finite_gives_nan():
     for bad in (math.inf, math.nan):
         matrix = torch.eye(4) * bad
