@@ -64,7 +64,7 @@ class LanczosLR(LRScheduler):
         \sqrt\rho = \min\left(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}, \sqrt{\rho_{\max}}\right), \qquad
         \gamma = s\,\frac{(1 + \sqrt\rho)^2}{L}
 
-    With dampening the rate is divided by one minus it; for ``betas``, by one minus the first.
+    With momentum and dampening the rate is divided by one minus the dampening; for ``betas``, by one minus the first.
 
     Args:
         optimizer: SGD, with or without momentum, or a method with ``betas`` and ``exp_avg_sq``, as Adam. For the second
@@ -193,11 +193,11 @@ class LanczosLR(LRScheduler):
             raise RuntimeError("parameter groups were added after LanczosLR was made: make another one")
         if closure is not None and self.last_epoch >= self.due and self._ready():
             before = self.learnt
-            self._look(closure)
+            answered = self._look(closure)
             pairs = list(zip(before, self.learnt, strict=True))
             rises, falls = (any(b >= self.growth * a for a, b in side) for side in (pairs, [(b, a) for a, b in pairs]))
             # Later rises wait: where the training loss vanishes so does the curvature, and there is no hurry to follow.
-            self.settled = self.settled or not rises
+            self.settled = self.settled or (answered and not rises)
             soon = falls or not self.settled
             self.due = self.last_epoch + (max(1, self.every // 20) if soon else self.every)
         self.last_epoch += 1
@@ -222,7 +222,8 @@ class LanczosLR(LRScheduler):
         groups = zip(self.optimizer.param_groups, _trained(self.optimizer), strict=True)
         return all(any(self.optimizer.state.get(p) for p in own) for group, own in groups if "betas" in group and own)
 
-    def _look(self, closure: Closure | Sequence[Closure]) -> None:
+    def _look(self, closure: Closure | Sequence[Closure]) -> bool:
+        """Whether the curvature gave a rate to any group."""
         for index, group in enumerate(self.optimizer.param_groups):
             _check_group(self.optimizer, index, group)
         count = len(self.optimizer.param_groups)
@@ -249,6 +250,7 @@ class LanczosLR(LRScheduler):
             self.largest[block[0]] = largest
             for i in block:
                 self._learn(i, largest, min(smallest, largest))
+        return any(extremes is not None for _, extremes in answers)
 
     def _answer(
         self, closure: Closure | Sequence[Closure], block: list[int]
@@ -324,7 +326,8 @@ class LanczosLR(LRScheduler):
         else:
             lr = stability_bound(largest, momentum, nesterov=nesterov)
         _set_momentum(group, momentum)
-        lr *= self.safety / (1 - (momentum if adaptive else float(group["dampening"])))
+        # Without momentum SGD does not dampen.
+        lr *= self.safety / (1 - (momentum if adaptive or momentum == 0 else float(group["dampening"])))
         self.learnt[index] = min(max(min(lr, self.growth * self.learnt[index]), self.min_lr), self.max_lr)
 
     # Checkpoints
@@ -386,6 +389,8 @@ def _check_group(optimizer: Optimizer, index: int, group: Group) -> None:
         )
     if group.get("dale"):
         raise ValueError(f"optimizer must add its steps: {name} multiplies (dale=True)")
+    if "momentum_decay" in group:
+        raise ValueError(f"optimizer must step along its average alone: {name} adds Nesterov's step, as NAdam does")
     if "betas" not in group and not 0 <= float(group["dampening"]) < 1:
         raise ValueError(f"dampening must be in [0, 1), got {group['dampening']!r} in {name}")
     if group.get("maximize", False) != optimizer.param_groups[0].get("maximize", False):

@@ -221,6 +221,7 @@ def test_the_learnt_pair_is_the_optimal_one_and_converges_as_fast(kappa, scale):
         (dict(momentum=0.5, dampening=0.5), True),
         (dict(momentum=0.9, nesterov=True), True),
         (dict(momentum=0.0), True),
+        (dict(momentum=0.0, dampening=0.9), True),
         (dict(momentum=0.9), False),
         (dict(momentum=0.9, dampening=0.3), False),
     ],
@@ -460,6 +461,21 @@ def test_a_spectrum_without_an_answer_leaves_the_rate_and_says_so_once(loss):
     assert problem.group["lr"] == pytest.approx(heavy_ball(2.0, 1.0)[0])
 
 
+def test_a_first_look_without_an_answer_delays_nothing_but_itself():
+    problem, looks = Quadratic([0.1, 0.05], momentum=0.9), []
+    scheduler = LanczosLR(problem.optimizer, every=200)
+    with pytest.warns(UserWarning, match="no learning rate"):
+        scheduler.step(lambda: problem.loss() * math.nan)
+    assert (scheduler.looks, scheduler.skipped, scheduler.settled, scheduler.due) == (1, 1, False, 10)
+    for step in range(1, 60):
+        count = scheduler.looks
+        scheduler.step(problem.loss)
+        if scheduler.looks > count:
+            looks.append(step)
+    assert looks == [10, 20, 30, 40, 50]
+    assert problem.group["lr"] == pytest.approx(0.01 * 1.5**5)
+
+
 def network(seed=0):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).double()
     with torch.no_grad():
@@ -587,6 +603,7 @@ def test_wrong_settings_are_named_and_the_optimizer_is_left_alone(options, error
     [
         (torch.optim.Adagrad, {}, "Adagrad's group 0 has"),
         (torch.optim.RMSprop, dict(momentum=0.9), "RMSprop's group 0 has"),
+        (torch.optim.NAdam, {}, "NAdam's group 0 adds Nesterov's step"),
         (optimzoo.DaleSGD, {}, r"DaleSGD's group 0 multiplies \(dale=True\)"),
         (torch.optim.SGD, dict(momentum=0.5, dampening=1.0), r"dampening must be in \[0, 1\), got 1.0"),
     ],
