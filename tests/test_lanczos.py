@@ -180,7 +180,7 @@ def test_laws_and_shifts_are_the_literal_ones():
     for b in (3.0, 40.0, 4000.0):
         assert batch_eigenvalue(2.0, 90.0, b) == pytest.approx(reference.additive_outlier(2.0, 90.0, b), rel=1e-12)
         assert spiked_eigenvalue(3.0, b / 9) == pytest.approx(reference.multiplicative_top(3.0, b / 9), rel=1e-12)
-    assert fit_noise((10, 9.0), (40, 4.0)) == pytest.approx(reference.fit_noise(10, 9.0, 40, 4.0), rel=1e-12)
+    assert fit_noise((10, 5.0), (40, 4.0)) == pytest.approx(reference.fit_noise(10, 5.0, 40, 4.0), rel=1e-12)
     for law, kind in [(None, "sgd"), (None, "adaptive"), ("saturating", "sgd"), ("saturating", "adaptive")]:
         known = dict(kind=kind, reference_batch=32, reference_lr=0.1, law=law)
         got = max_learning_rate(500, **known, eigenvalue=2.0, noise=90.0, dataset_size=1000)
@@ -660,7 +660,7 @@ def test_rates_scale_with_the_batch_as_the_paper_says(b, reference, lr):
     assert max_learning_rate(b, kind="adaptive", **known) == pytest.approx(lr * math.sqrt(b / reference))
 
 
-def test_the_saturating_law_is_linear_in_small_batches_and_constant_in_large_ones():
+def test_the_saturating_law_goes_with_the_root_of_small_batches_and_is_constant_in_large_ones():
     known = dict(reference_batch=1e9, reference_lr=2.0, law="saturating", eigenvalue=1.0, noise=1e4)
     assert max_learning_rate(1e8, **known) == pytest.approx(2.0, rel=1e-3)
     # Above the bulk's edge, at b > c / lambda^2, the rate is 2 / (1 + c / b).
@@ -678,6 +678,12 @@ def test_effective_batches_and_the_fit_of_the_noise():
     assert effective_batch(50) == 50
     pairs = [(b, batch_eigenvalue(3.0, 200.0, b)) for b in (32, 100)]
     assert fit_noise(*pairs) == pytest.approx((3.0, 200.0))
+    drowned = [(b, batch_eigenvalue(3.0, 200.0, b)) for b in (10, 22, 23, 100, 1e6)]
+    for i, small in enumerate(drowned):
+        for large in drowned[max(i + 1, 2) :]:  # 200 / 9 is the threshold
+            assert fit_noise(large, small) == pytest.approx((3.0, 200.0), rel=1e-6)
+    with pytest.raises(ValueError, match="the larger batch must have the smaller eigenvalue"):
+        fit_noise(*drowned[:2])
     assert fit_noise(*reversed(pairs)) == pytest.approx((3.0, 200.0))
 
 
@@ -711,12 +717,38 @@ def test_random_matrices_follow_the_laws(eigenvalue):
         (lambda: batch_eigenvalue(1.0, -1.0, 1.0), "noise must be"),
         (lambda: spiked_eigenvalue(2.0, -1.0), "ratio must be"),
         (lambda: fit_noise((10, 1.0), (20, 2.0)), "the larger batch must have the smaller eigenvalue"),
+        (lambda: fit_noise((0, 2.0), (20, 1.0)), "first batch must be"),
+        (lambda: effective_batch(8, math.nan), "dataset_size must be"),
+        (lambda: effective_batch(math.nan), "batch_size must be"),
+        (lambda: batch_eigenvalue(1.0, 1.0, 0.0), "batch must be"),
+        (lambda: stability_bound(0.0, 0.9), "largest must be"),
+        (lambda: stability_bound(-1.0, 0.9), "largest must be"),
+        (lambda: stability_bound(1.0, -5.0), "momentum must be"),
+        (lambda: stability_bound(1.0, 1.0), "momentum must be"),
+        (lambda: heavy_ball(1.0, 0.1, max_momentum=-1.0), "max_momentum must be"),
+        (lambda: heavy_ball(1.0, math.nan), "smallest must be"),
         (lambda: heavy_ball(0.0, 0.0), "largest must be"),
         (lambda: heavy_ball(1.0, 2.0), "smallest must be"),
     ],
 )
 def test_wrong_numbers_are_named(call, match):
     with pytest.raises(ValueError, match=match):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: max_learning_rate(True, reference_batch=1, reference_lr=1), "batch_size must be a number"),
+        (lambda: max_learning_rate("8", reference_batch=1, reference_lr=1), "batch_size must be a number"),
+        (lambda: batch_eigenvalue(1.0, 1.0, "a"), "batch must be a number"),
+        (lambda: fit_noise((10, "2"), (20, 1.0)), "first eigenvalue must be a number"),
+        (lambda: heavy_ball(1.0, "0"), "smallest must be a number"),
+        (lambda: stability_bound("1", 0.9), "largest must be a number"),
+    ],
+)
+def test_what_is_no_number_is_named(call, match):
+    with pytest.raises(TypeError, match=match):
         call()
 
 
