@@ -6,9 +6,10 @@ either. Vectors are flat: the parameters one after another.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -48,14 +49,15 @@ class Hessian:
         params: the tensors to differentiate by, float32 or float64, which must not change while the operator is used.
         module: its buffers are put back after each call of a closure, so that BatchNorm's running statistics are those
             of training alone.
-        process_group: average losses, gradients and products over its processes. A ``DistributedDataParallel`` model
+        process_group: average losses, gradients and products over the micro-batches of its processes. A ``DistributedDataParallel`` model
             must be called through ``model.module``.
 
     Raises:
         TypeError, ValueError: parameters that are not dense float32 or float64 tensors of one device, or a loss that is
             not one real number.
-        RuntimeError: a closure that called ``backward`` or returned no graph, or an operation in it that cannot be
-            differentiated twice, which is named. ``grad`` and the random state are then as they were.
+        RuntimeError: a closure that called ``backward`` or returned no graph, a sparse gradient, or an operation in it
+            that cannot be differentiated twice, which is named. ``grad``, of the module's other parameters as well,
+            and the random state are then as they were.
 
     All calls of the closures see the same random numbers, and torch's generators continue as if there had been none.
     ``loss`` and ``gradient`` hold the loss and the flat gradient.
@@ -82,6 +84,10 @@ class Hessian:
             gradients.append(gradient)
         if len(closures) == 1:
             self._product = product
+        count = torch.tensor(float(len(closures)), dtype=torch.float64, device=self.params[0].device)
+        if process_group is not None:
+            torch.distributed.all_reduce(count, group=process_group)
+        self._count = int(count)  # of micro-batches, over all processes: they need not have equally many
         self.loss = self._mean(losses)
         self.gradient = self._mean(gradients)
         size = self.gradient.numel()
@@ -98,16 +104,14 @@ class Hessian:
         total = values[0].clone()
         for value in values[1:]:
             total += value
-        count = len(values)
         if self._group is not None:
             torch.distributed.all_reduce(total, group=self._group)
-            count *= torch.distributed.get_world_size(self._group)
-        return total / count
+        return total / self._count
 
     def _linearise(self, closure: Closure) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """The loss, the flat gradient, and the product at this graph."""
         loss = _with_graph(check_loss(self._call(closure)))
-        grads = _grad(loss, self.params, create_graph=True)
+        grads = _dense(_grad(loss, self.params, create_graph=True))
         _check_twice(loss, grads)
         curved = [i for i, grad in enumerate(grads) if grad.requires_grad]
         params = self.params  # and not self: a cycle would keep the graph until the garbage collector runs
@@ -122,19 +126,21 @@ class Hessian:
 
     def _call(self, closure: Closure) -> Any:
         """What a closure returns; gradients, buffers and generators do not notice."""
-        kept = [param.grad for param in self.params]
         buffers = [] if self._module is None else [(buffer, buffer.clone()) for buffer in self._module.buffers()]
         devices = {param.device for param in self.params if param.device.type == "cuda"}
-        for param in self.params:
-            param.grad = None
+        others = [] if self._module is None else list(self._module.parameters())
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
+            with (
+                gradients_kept([*self.params, *others]),
+                torch.enable_grad(),
+                torch.random.fork_rng(devices=list(devices)),
+            ):
                 value = closure()
-            if any(param.grad is not None for param in self.params):
-                raise RuntimeError("the closure called backward(): remove the call and return the loss with its graph")
+                if any(param.grad is not None for param in self.params):
+                    raise RuntimeError(
+                        "the closure called backward(): remove the call and return the loss with its graph"
+                    )
         finally:
-            for param, grad in zip(self.params, kept, strict=True):
-                param.grad = grad
             for buffer, before in buffers:
                 buffer.data.copy_(before)  # through data: the graph holds the buffer, and does not read it
         return value
@@ -153,8 +159,10 @@ class GGN(Hessian):
         if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], Tensor):
             raise TypeError(f"the closure must return (outputs, loss) for the Gauss-Newton matrix, got {value!r}")
         outputs, loss = _with_graph(value[0], "outputs"), _with_graph(check_loss(value[1]))
-        grads = _grad(loss, self.params, retain_graph=True)
-        (slope,) = _grad(loss, [outputs], create_graph=True)
+        grads = _dense(_grad(loss, self.params, retain_graph=True))
+        (slope,) = _grad(loss, [outputs], create_graph=True, materialize_grads=False)
+        if slope is None:
+            raise RuntimeError("the closure's loss must be computed from its outputs: it does not depend on them")
         # J v is the derivative by w of v . (J^T w): two reverse passes, for models that have no forward derivatives.
         dummy = torch.zeros_like(outputs, requires_grad=True)
         pulled = _grad(outputs, self.params, dummy, create_graph=True)
@@ -191,6 +199,19 @@ class Preconditioned:
     def __matmul__(self, vector: Tensor) -> Tensor:
         scaled = self._scale * vector
         return self._scale * (self._sign * (self._operator @ scaled) + self._shift * scaled)
+
+
+@contextlib.contextmanager
+def gradients_kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """Within it these tensors have no ``grad``; afterwards each has its own again."""
+    kept = {param: param.grad for param in params}
+    for param in kept:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in kept.items():
+            param.grad = grad
 
 
 def check_params(params: Sequence[Tensor]) -> list[Tensor]:
@@ -233,10 +254,18 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+def _dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for index, grad in enumerate(grads):
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"params[{index}] must have a dense gradient: make nn.Embedding with sparse=False")
+    return grads
+
+
 def _grad(outputs: Any, inputs: Sequence[Tensor], grad_outputs: Any = None, **options: Any) -> tuple[Tensor, ...]:
     """``torch.autograd.grad`` that says what is wrong with the closure."""
+    options = {"materialize_grads": True, **options}
     try:
-        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True, **options)
+        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
         text = str(error)
         if "second time" in text:

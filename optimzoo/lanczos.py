@@ -23,6 +23,7 @@ from optimzoo.curvature import (
     Spectrum,
     check_count,
     check_params,
+    gradients_kept,
     quadrature,
 )
 from optimzoo.optimizer import check_number, warn
@@ -230,7 +231,8 @@ class LanczosLR(LRScheduler):
         blocks = [[i] for i in range(count)] if self.per_group else [list(range(count))]
         blocks = [block for block in blocks if any(_trained(self.optimizer)[i] for i in block)]
         # All before any is written: a closure that raises leaves everything as it was.
-        answers = [self._answer(closure, block) for block in blocks]
+        with gradients_kept([param for own in _trained(self.optimizer) for param in own]):
+            answers = [self._answer(closure, block) for block in blocks]
         self.learnt = list(self.learnt)
         self.looks += 1
         self.last_spectrum = [spectrum for spectrum, _ in answers]

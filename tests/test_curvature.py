@@ -402,6 +402,11 @@ def backward_called(w):
     return loss
 
 
+def backward_called_on(loss):
+    loss.backward(retain_graph=True)
+    return loss
+
+
 def graph_freed(w):
     loss = w.square().sum()
     torch.autograd.grad(loss, w)
@@ -446,6 +451,7 @@ def test_a_wrong_closure_of_the_gauss_newton_matrix_is_named():
         (lambda: w.sum(), TypeError, r"must return \(outputs, loss\)"),
         (lambda: (w.detach(), w.sum()), RuntimeError, "outputs has no graph"),
         (lambda: (lambda z: (z, z.square().sum()))(Halved.apply(w)), RuntimeError, "^Halved has no second derivative"),
+        (lambda: (w.sin(), w.sin().sum()), RuntimeError, "loss must be computed from its outputs"),
         (lambda: (lambda z: (z, Fused.apply(z)))(w.sin()), RuntimeError, "^Fused has no second derivative"),
     ]:
         with pytest.raises(error, match=match):
@@ -457,6 +463,32 @@ def test_other_decorators_of_a_backward_are_no_obstacle():
     torch.testing.assert_close(
         Hessian(lambda: Twice.apply(w).sum(), [w]) @ torch.ones(6).double(), 2 * torch.ones(6).double()
     )
+
+
+def test_a_loss_that_is_linear_in_the_outputs_has_a_gauss_newton_matrix_of_zero():
+    w = normal(1, 6).requires_grad_()
+    assert not (GGN(lambda: (lambda z: (z, z.sum()))(w.sin()), [w]) @ torch.ones(6).double()).any()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_sparse_gradient_is_named(kind):
+    table = nn.Embedding(5, 3, sparse=True)
+
+    def closure():
+        outputs = table(torch.tensor([1, 2]))
+        return (outputs, outputs.square().sum()) if kind is GGN else outputs.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"params\[0\] must have a dense gradient.*sparse=False"):
+        kind(closure, [table.weight])
+
+
+def test_gradients_of_the_modules_other_parameters_are_kept():
+    model, inputs = prepared(mlp)
+    model[2].bias.grad = torch.ones(3).double()
+    with pytest.raises(RuntimeError, match=r"called backward\(\)"):
+        Hessian(lambda: backward_called_on(loss_of(model, inputs)()), [model[0].weight], module=model)
+    assert [param.grad is None for param in model.parameters()] == [True, True, True, False]
+    assert torch.equal(model[2].bias.grad, torch.ones(3).double())
 
 
 def test_a_compiled_model_is_named():

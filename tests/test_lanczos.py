@@ -565,6 +565,22 @@ def test_a_closure_that_raises_changes_nothing(closure, error, match):
     assert torch.equal(problem.x, x)
 
 
+def test_a_closure_that_calls_backward_leaves_the_gradients_of_all_groups():
+    x, y = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y.grad = torch.full_like(y, 7)
+    optimizer = torch.optim.SGD([{"params": [x]}, {"params": [y]}], lr=1.0)
+
+    def closure():
+        loss = x.square().sum() + y.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"called backward\(\)"):
+        LanczosLR(optimizer, per_group=True).step(closure)
+    assert x.grad is None
+    assert y.grad.tolist() == [7.0] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -800,6 +816,16 @@ def worker(rank: int, folder: str) -> None:
         @ v,
     ]
     torch.testing.assert_close(products[0], products[1], rtol=1e-11, atol=1e-13)
+    # Three micro-batches, two of them on one rank.
+    rows = [[slice(0, 4), slice(4, 8)], [slice(8, 12)]]
+    uneven = Hessian(
+        [lambda r=r: F.cross_entropy(alone(inputs[r]), labels[r]) for r in rows[rank]],
+        list(alone.parameters()),
+        process_group=dist.group.WORLD,
+    )
+    whole = Hessian(lambda: F.cross_entropy(alone(inputs[:12]), labels[:12]), list(alone.parameters()))
+    for left, right in [(uneven @ v, whole @ v), (uneven.loss, whole.loss), (uneven.gradient, whole.gradient)]:
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-13)
     dist.destroy_process_group()
 
 
