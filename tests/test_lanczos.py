@@ -271,6 +271,17 @@ def test_the_line_rule_is_the_newton_step_along_the_gradient():
     assert problem.group["momentum"] == 0.3
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_line_rule_goes_along_the_decayed_gradient(maximize):
+    problem = Quadratic([5.0, 1.0], weight_decay=2.0, maximize=maximize)
+    target = torch.tensor([0.3, 1.5], dtype=torch.float64)
+    scheduler = learner(problem, rule="line")
+    sign = -1 if maximize else 1
+    scheduler.step(lambda: sign * (problem.values * (problem.x - target).square()).sum() / 2)
+    g = problem.values * (1 - target) + 2.0
+    assert problem.group["lr"] == pytest.approx(float(g @ g / (g @ ((problem.values + 2) * g))), rel=1e-12)
+
+
 def test_decay_and_damping_are_curvature_and_decoupled_decay_is_not():
     for options, damping, top in [
         (dict(weight_decay=0.5), 0.0, 2.5),
@@ -334,6 +345,20 @@ def test_adams_first_beta_is_learnt_if_asked():
     lr, momentum = heavy_ball(float(values[0]), float(values[-1]))
     assert problem.group["betas"] == (pytest.approx(momentum, rel=1e-9), 0.999)
     assert problem.group["lr"] == pytest.approx(lr / (1 - momentum), rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", ["fixed", "learn"])
+def test_tensor_betas_stay_the_tensors_that_they_are(momentum):
+    betas = (torch.tensor(0.9), torch.tensor(0.999))
+    problem = Quadratic([3.0, 1.0, 0.2], torch.optim.Adam, betas=betas, foreach=False)
+    scheduler = learner(problem, momentum=momentum)
+    problem.advance()
+    scheduler.step(problem.loss)
+    assert all(now is then for now, then in zip(problem.group["betas"], betas, strict=True))
+    assert (float(betas[0]) == pytest.approx(0.9)) == (momentum == "fixed")
+    scheduler.load_state_dict(scheduler.state_dict())
+    assert problem.group["betas"][0] is betas[0]
+    problem.advance()
 
 
 # Guards and the loop
@@ -603,12 +628,25 @@ def test_a_closure_that_calls_backward_leaves_the_gradients_of_all_groups():
         (dict(min_lr=-1.0), ValueError),
         (dict(min_lr=1.0, max_lr=0.5), ValueError),
         (dict(tol="small"), TypeError),
+        (dict(growth="fast"), TypeError),
+        (dict(growth=math.nan), ValueError),
+        (dict(max_lr="high"), TypeError),
+        (dict(max_lr=0.0), ValueError),
+        (dict(max_lr=math.nan), ValueError),
+        (dict(schedule="cosine"), TypeError),
+        (dict(schedule=lambda step: math.nan), ValueError),
+        (dict(schedule=lambda step: -1.0), ValueError),
+        (dict(per_group="no"), TypeError),
+        (dict(seed=1.5), ValueError),
+        (dict(seed=-1), ValueError),
+        (dict(module=3), TypeError),
+        (dict(process_group="all"), TypeError),
     ],
 )
 def test_wrong_settings_are_named_and_the_optimizer_is_left_alone(options, error):
     problem = Quadratic([2.0, 1.0])
     name = list(options)[-1]
-    with pytest.raises(error, match=f"{name} must be"):
+    with pytest.raises(error, match=f"{name} must (be|return)"):
         LanczosLR(problem.optimizer, **options)
     assert problem.group["lr"] == 1.0
     assert "initial_lr" not in problem.group
@@ -621,6 +659,7 @@ def test_wrong_settings_are_named_and_the_optimizer_is_left_alone(options, error
         (torch.optim.RMSprop, dict(momentum=0.9), "RMSprop's group 0 has"),
         (torch.optim.NAdam, {}, "NAdam's group 0 adds Nesterov's step"),
         (optimzoo.DaleSGD, {}, r"DaleSGD's group 0 multiplies \(dale=True\)"),
+        (torch.optim.SGD, dict(momentum=1.0), r"momentum in SGD's group 0 must be in \[0, 1\), got 1.0"),
         (torch.optim.SGD, dict(momentum=0.5, dampening=1.0), r"dampening must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -661,9 +700,56 @@ def test_wrong_parameters_groups_and_states_are_named():
     two = [{"params": [torch.ones(2, requires_grad=True)]} for _ in range(2)]
     with pytest.raises(ValueError, match="state_dict must be of 2 parameter groups, got 1"):
         LanczosLR(torch.optim.SGD(two, lr=1.0)).load_state_dict(state)
-    problem.optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
-    with pytest.raises(RuntimeError, match="groups were added"):
+    problem.optimizer.add_param_group({"params": [torch.ones(2, dtype=torch.float64, requires_grad=True)], "lr": 1.0})
+    with pytest.raises(RuntimeError, match="groups were added.*set each group's lr"):
         scheduler.step()
+    problem.group["lr"] = 1.0
+    scheduler = learner(problem)
+    scheduler.step(problem.loss)
+    assert [group["lr"] for group in problem.optimizer.param_groups] == pytest.approx(
+        [heavy_ball(2.0, 1e-9)[0]] * 2, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learnt", "x"),
+        ("learnt", ["x"]),
+        ("learnt", [math.nan]),
+        ("multipliers", [-1.0]),
+        ("lrs", [None]),
+        ("momenta", []),
+        ("momenta", [1.0]),
+        ("largest", [math.inf]),
+        ("written", [1.0, 2.0]),
+        ("base_lrs", None),
+        ("last_epoch", 1.5),
+        ("looks", -1),
+        ("seed", True),
+        ("settled", 1),
+    ],
+)
+def test_a_state_with_a_wrong_value_is_named_and_not_loaded(name, value):
+    problem = Quadratic([2.0, 1.0], momentum=0.3)
+    scheduler = learner(problem)
+    scheduler.step(problem.loss)
+    before = copy.deepcopy((scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]))
+    other = learner(Quadratic([3.0, 1.0]))
+    with pytest.raises(ValueError, match=rf"{name} in state_dict|state_dict must be of.* in {name}"):
+        scheduler.load_state_dict({**other.state_dict(), name: value})
+    assert (scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]) == before
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, None])
+def test_a_schedule_that_fails_changes_nothing(value):
+    problem = Quadratic([2.0, 1.0], momentum=0.3)
+    scheduler = learner(problem, every=1, schedule=lambda step: value if step == 2 else 1.0)
+    scheduler.step(problem.loss)
+    before = copy.deepcopy((scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]))
+    with pytest.raises((ValueError, TypeError)):
+        scheduler.step(lambda: 3 * problem.loss())
+    assert (scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]) == before
 
 
 # Laws of batch size
