@@ -178,7 +178,7 @@ def laws(model: nn.Module, data: Batch, count: int, seed: int = 0) -> str:
     variance = noise(batches(64, 2 * count), 64, starts=4)
     sizes = (8, 16, 32, 64, 128, 256, 512)
     found = {size: [float(lanczos(operator, 12).values[0]) for operator in batches(size, count)] for size in sizes}
-    fitted = fit_noise(*((size, statistics.fmean(found[size])) for size in (16, 128)))
+    fitted = fit_noise(*((size, statistics.fmean(found[size])) for size in (32, 256)))
     rows = [
         [
             str(size),
@@ -189,7 +189,7 @@ def laws(model: nn.Module, data: Batch, count: int, seed: int = 0) -> str:
         for size, tops in found.items()
     ]
     rows.append(["all", f"{top:.1f}", f"{fitted[0]:.1f}", f"{top:.1f}"])
-    return table(["batch", "largest eigenvalue", "law, fitted at 16 and 128", "law, noise of products"], rows) + (
+    return table(["batch", "largest eigenvalue", "law, fitted at 32 and 256", "law, noise of products"], rows) + (
         f"\n\nThe network of digits-mlp after training, {len(labels)} samples; batches drawn with replacement, mean ±"
         f" s.d. of {count}. P s^2 is {fitted[1]:.3g} by the fit and {variance:.3g} by products of {2 * count} batches"
         " of 64 with random vectors."

@@ -6,18 +6,22 @@ either. Vectors are flat: the parameters one after another.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from optimzoo.closure import check_loss
 from optimzoo.optimizer import check_number, local
 
 Closure: TypeAlias = Callable[[], Any]
+
+_ONCE = once_differentiable(lambda ctx: None).__code__
 
 
 class Operator(Protocol):
@@ -45,14 +49,15 @@ class Hessian:
         params: the tensors to differentiate by, float32 or float64, which must not change while the operator is used.
         module: its buffers are put back after each call of a closure, so that BatchNorm's running statistics are those
             of training alone.
-        process_group: average losses, gradients and products over its processes. A ``DistributedDataParallel`` model
+        process_group: average losses, gradients and products over the micro-batches of its processes. A ``DistributedDataParallel`` model
             must be called through ``model.module``.
 
     Raises:
         TypeError, ValueError: parameters that are not dense float32 or float64 tensors of one device, or a loss that is
             not one real number.
-        RuntimeError: a closure that called ``backward`` or returned no graph, or an operation in it that cannot be
-            differentiated twice, which is named. ``grad`` and the random state are then as they were.
+        RuntimeError: a closure that called ``backward`` or returned no graph, a sparse gradient, or an operation in it
+            that cannot be differentiated twice, which is named. ``grad``, of the module's other parameters as well,
+            and the random state are then as they were.
 
     All calls of the closures see the same random numbers, and torch's generators continue as if there had been none.
     ``loss`` and ``gradient`` hold the loss and the flat gradient.
@@ -79,6 +84,10 @@ class Hessian:
             gradients.append(gradient)
         if len(closures) == 1:
             self._product = product
+        count = torch.tensor(float(len(closures)), dtype=torch.float64, device=self.params[0].device)
+        if process_group is not None:
+            torch.distributed.all_reduce(count, group=process_group)
+        self._count = int(count)  # of micro-batches, over all processes: they need not have equally many
         self.loss = self._mean(losses)
         self.gradient = self._mean(gradients)
         size = self.gradient.numel()
@@ -95,46 +104,43 @@ class Hessian:
         total = values[0].clone()
         for value in values[1:]:
             total += value
-        count = len(values)
         if self._group is not None:
             torch.distributed.all_reduce(total, group=self._group)
-            count *= torch.distributed.get_world_size(self._group)
-        return total / count
+        return total / self._count
 
     def _linearise(self, closure: Closure) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """The loss, the flat gradient, and the product at this graph."""
         loss = _with_graph(check_loss(self._call(closure)))
-        grads = _grad(loss, self.params, create_graph=True)
+        grads = _dense(_grad(loss, self.params, create_graph=True))
         _check_twice(loss, grads)
         curved = [i for i, grad in enumerate(grads) if grad.requires_grad]
+        params = self.params  # and not self: a cycle would keep the graph until the garbage collector runs
 
         def product(vector: Tensor) -> Tensor:
             if not curved:  # the gradient depends on no parameter
                 return torch.zeros_like(vector)
-            pieces = self._split(vector)
-            return _flat(_grad([grads[i] for i in curved], self.params, [pieces[i] for i in curved], retain_graph=True))
+            pieces = _split(vector, params)
+            return _flat(_grad([grads[i] for i in curved], params, [pieces[i] for i in curved], retain_graph=True))
 
         return loss, _flat(grads).detach(), product
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        pieces = torch.split(vector, [param.numel() for param in self.params])
-        return [piece.view(param.shape) for piece, param in zip(pieces, self.params, strict=True)]
-
     def _call(self, closure: Closure) -> Any:
         """What a closure returns; gradients, buffers and generators do not notice."""
-        kept = [param.grad for param in self.params]
         buffers = [] if self._module is None else [(buffer, buffer.clone()) for buffer in self._module.buffers()]
         devices = {param.device for param in self.params if param.device.type == "cuda"}
-        for param in self.params:
-            param.grad = None
+        others = [] if self._module is None else list(self._module.parameters())
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
+            with (
+                gradients_kept([*self.params, *others]),
+                torch.enable_grad(),
+                torch.random.fork_rng(devices=list(devices)),
+            ):
                 value = closure()
-            if any(param.grad is not None for param in self.params):
-                raise RuntimeError("the closure called backward(): remove the call and return the loss with its graph")
+                if any(param.grad is not None for param in self.params):
+                    raise RuntimeError(
+                        "the closure called backward(): remove the call and return the loss with its graph"
+                    )
         finally:
-            for param, grad in zip(self.params, kept, strict=True):
-                param.grad = grad
             for buffer, before in buffers:
                 buffer.data.copy_(before)  # through data: the graph holds the buffer, and does not read it
         return value
@@ -153,21 +159,24 @@ class GGN(Hessian):
         if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], Tensor):
             raise TypeError(f"the closure must return (outputs, loss) for the Gauss-Newton matrix, got {value!r}")
         outputs, loss = _with_graph(value[0], "outputs"), _with_graph(check_loss(value[1]))
-        grads = _grad(loss, self.params, retain_graph=True)
-        (slope,) = _grad(loss, [outputs], create_graph=True)
+        grads = _dense(_grad(loss, self.params, retain_graph=True))
+        (slope,) = _grad(loss, [outputs], create_graph=True, materialize_grads=False)
+        if slope is None:
+            raise RuntimeError("the closure's loss must be computed from its outputs: it does not depend on them")
         # J v is the derivative by w of v . (J^T w): two reverse passes, for models that have no forward derivatives.
         dummy = torch.zeros_like(outputs, requires_grad=True)
         pulled = _grad(outputs, self.params, dummy, create_graph=True)
         _check_twice(loss, [slope, *pulled])
         moved = [i for i, pull in enumerate(pulled) if pull.requires_grad]
+        params = self.params
 
         def product(vector: Tensor) -> Tensor:
             if not slope.requires_grad or not moved:
                 return torch.zeros_like(vector)
-            pieces = self._split(vector)
+            pieces = _split(vector, params)
             (push,) = _grad([pulled[i] for i in moved], [dummy], [pieces[i] for i in moved], retain_graph=True)
             (curved,) = _grad(slope, [outputs], push, retain_graph=True)
-            return _flat(_grad(outputs, self.params, curved, retain_graph=True))
+            return _flat(_grad(outputs, params, curved, retain_graph=True))
 
         return loss, _flat(grads).detach(), product
 
@@ -190,6 +199,19 @@ class Preconditioned:
     def __matmul__(self, vector: Tensor) -> Tensor:
         scaled = self._scale * vector
         return self._scale * (self._sign * (self._operator @ scaled) + self._shift * scaled)
+
+
+@contextlib.contextmanager
+def gradients_kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """Within it these tensors have no ``grad``; afterwards each has its own again."""
+    kept = {param: param.grad for param in params}
+    for param in kept:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in kept.items():
+            param.grad = grad
 
 
 def check_params(params: Sequence[Tensor]) -> list[Tensor]:
@@ -223,14 +245,27 @@ def _with_graph(value: Tensor, what: str = "loss") -> Tensor:
     return value
 
 
+def _split(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    pieces = torch.split(vector, [param.numel() for param in params])
+    return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
+
+
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+def _dense(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for index, grad in enumerate(grads):
+        if grad.layout != torch.strided:
+            raise RuntimeError(f"params[{index}] must have a dense gradient: make nn.Embedding with sparse=False")
+    return grads
+
+
 def _grad(outputs: Any, inputs: Sequence[Tensor], grad_outputs: Any = None, **options: Any) -> tuple[Tensor, ...]:
     """``torch.autograd.grad`` that says what is wrong with the closure."""
+    options = {"materialize_grads": True, **options}
     try:
-        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, materialize_grads=True, **options)
+        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, **options)
     except RuntimeError as error:
         text = str(error)
         if "second time" in text:
@@ -263,11 +298,22 @@ def _nodes(heads: Sequence[Tensor]) -> set[Any]:
 def _check_twice(loss: Tensor, grads: Sequence[Tensor]) -> None:
     """Raise if a function marked once_differentiable is part of the loss.
 
-    Its node raises when it is reached, but nothing leads from it to the parameters: without this look the product would
-    be wrong and nothing would say so.
+    What it returns as a gradient is a constant to autograd: without this look the product would be wrong and nothing
+    would say so. One that ends the loss leaves no mark in the graph of the gradient, so the loss's own is searched.
     """
-    if any(node.name().endswith("Error") for node in _nodes(grads)):
-        raise RuntimeError(f"{_custom([loss])} has no second derivative: it is marked once_differentiable")
+    once = [node for node in _nodes([loss]) if _is_once(getattr(getattr(node, "_forward_cls", None), "backward", None))]
+    if once or any(node.name().endswith("Error") for node in _nodes(grads)):
+        names = ", ".join(sorted({node._forward_cls.__name__ for node in once})) or _custom([loss])
+        raise RuntimeError(f"{names} has no second derivative: it is marked once_differentiable")
+
+
+def _is_once(function: Any) -> bool:
+    """Whether the decorator is among those of a function: all that it returns share one code."""
+    while function is not None:
+        if getattr(function, "__code__", None) is _ONCE:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _custom(heads: Sequence[Tensor]) -> str:
@@ -321,7 +367,10 @@ def lanczos(
             exact; its bottom wants 40 or more.
         start: the first vector, of any length. Default: Gaussian, from ``seed``.
         seed: of the start. Equal seeds give equal starts in all processes.
-        tol: stop when the error bound of the largest value is below this share of it. Default 0.
+        tol: stop, after three products or more, when both the error bound of the largest value and what the last
+            product added to it are below this share of it, and of its distance to the lowest value. The bound says that
+            *an* eigenvalue is near, not that it is the largest: a start that hardly meets that one's eigenvector can
+            still miss it. Default 0: never.
 
     The run ends early where the products so far span an invariant subspace: the values are then exact.
     """
@@ -338,6 +387,7 @@ def lanczos(
     basis = q.new_empty(min(iterations, size), size)
     diagonal: list[float] = []
     off: list[float] = []
+    last = math.inf
     for j in range(len(basis)):
         basis[j] = q
         w = operator @ q
@@ -356,8 +406,12 @@ def lanczos(
             break
         if tol:
             spectrum = _ritz(diagonal, off, size)
-            if spectrum.errors[0] <= tol * spectrum.values[0].abs():
+            top, low = float(spectrum.values[0]), float(spectrum.values[-1])
+            # The distance, since a multiple of the identity, as damping is, makes a value large and no better known.
+            scale = tol * min(abs(top), top - low)
+            if j >= 2 and max(float(spectrum.errors[0]), top - last) <= scale:
                 return spectrum
+            last = top
         q = w / off[-1]
     return _ritz(diagonal, off, size)
 

@@ -23,9 +23,10 @@ from optimzoo.curvature import (
     Spectrum,
     check_count,
     check_params,
+    gradients_kept,
     quadrature,
 )
-from optimzoo.optimizer import check_number, warn
+from optimzoo.optimizer import check_flags, check_number, warn
 from optimzoo.stability import heavy_ball, stability_bound
 
 Group: TypeAlias = dict[str, Any]
@@ -64,7 +65,7 @@ class LanczosLR(LRScheduler):
         \sqrt\rho = \min\left(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}, \sqrt{\rho_{\max}}\right), \qquad
         \gamma = s\,\frac{(1 + \sqrt\rho)^2}{L}
 
-    With dampening the rate is divided by one minus it; for ``betas``, by one minus the first.
+    With momentum and dampening the rate is divided by one minus the dampening; for ``betas``, by one minus the first.
 
     Args:
         optimizer: SGD, with or without momentum, or a method with ``betas`` and ``exp_avg_sq``, as Adam. For the second
@@ -154,10 +155,21 @@ class LanczosLR(LRScheduler):
             check_number("first_lr", first_lr, 0.0, math.inf, "finite and > 0", above=True)
         check_number("min_lr", min_lr, 0.0, math.inf, "finite and >= 0")
         check_number("tol", tol, 0.0, math.inf, "finite and >= 0")
-        if not growth > 1:
-            raise ValueError(f"growth must be > 1, got {growth!r}")
-        if not max_lr >= max(min_lr, 0.0):
-            raise ValueError(f"max_lr must be at least min_lr, {min_lr!r}, got {max_lr!r}")
+        if growth != math.inf:
+            check_number("growth", growth, 1.0, math.inf, "> 1", above=True)
+        if max_lr != math.inf:
+            check_number("max_lr", max_lr, min_lr, math.inf, f"> 0 and at least min_lr, {min_lr!r}", above=min_lr == 0)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"schedule must be a function of the number of steps or None, got {schedule!r}")
+        check_flags({"per_group": per_group}, "per_group")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
+            raise ValueError(f"seed must be a whole number in [0, 2**62), got {seed!r}")
+        if module is not None and not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
+        if process_group is not None and not (
+            torch.distributed.is_available() and isinstance(process_group, torch.distributed.ProcessGroup)
+        ):
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {process_group!r}")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
         for index, group in enumerate(optimizer.param_groups):
@@ -177,6 +189,7 @@ class LanczosLR(LRScheduler):
         self.learnt = [min(max(lr, min_lr), max_lr) for lr in first]  # rates before multiplier and schedule
         self.multipliers = [float(group["lr"]) for group in groups]
         self.written: list[float | None] = [None] * len(groups)
+        self._factor(0)  # raises before anything is written
         super().__init__(optimizer)  # writes the first rates
 
     # Steps
@@ -190,26 +203,35 @@ class LanczosLR(LRScheduler):
                 ``every`` steps; for a method with ``betas``, after its first step.
         """
         if len(self.optimizer.param_groups) != len(self.learnt):
-            raise RuntimeError("parameter groups were added after LanczosLR was made: make another one")
+            raise RuntimeError(
+                "parameter groups were added after LanczosLR was made: set each group's lr to what is to multiply the "
+                "learnt rate, as 1 (it holds the learnt rate now), and make another one"
+            )
+        factor = self._factor(self.last_epoch + 1)
         if closure is not None and self.last_epoch >= self.due and self._ready():
             before = self.learnt
-            self._look(closure)
+            answered = self._look(closure)
             pairs = list(zip(before, self.learnt, strict=True))
             rises, falls = (any(b >= self.growth * a for a, b in side) for side in (pairs, [(b, a) for a, b in pairs]))
             # Later rises wait: where the training loss vanishes so does the curvature, and there is no hurry to follow.
-            self.settled = self.settled or not rises
+            self.settled = self.settled or (answered and not rises)
             soon = falls or not self.settled
             self.due = self.last_epoch + (max(1, self.every // 20) if soon else self.every)
         self.last_epoch += 1
-        self._write()
+        self._write(factor)
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates of the groups."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
-    def _write(self) -> None:
-        factor = 1.0 if self.schedule is None else float(self.schedule(self.last_epoch))
+    def _factor(self, step: int) -> float:
+        value = 1.0 if self.schedule is None else float(self.schedule(step))
+        if not 0 <= value < math.inf:
+            raise ValueError(f"schedule must return a finite number >= 0, got {value!r} at step {step}")
+        return value
+
+    def _write(self, factor: float) -> None:
         for i, group in enumerate(self.optimizer.param_groups):
             last = self.written[i]
             if last:  # another scheduler may have multiplied it
@@ -222,14 +244,16 @@ class LanczosLR(LRScheduler):
         groups = zip(self.optimizer.param_groups, _trained(self.optimizer), strict=True)
         return all(any(self.optimizer.state.get(p) for p in own) for group, own in groups if "betas" in group and own)
 
-    def _look(self, closure: Closure | Sequence[Closure]) -> None:
+    def _look(self, closure: Closure | Sequence[Closure]) -> bool:
+        """Whether the curvature gave a rate to any group."""
         for index, group in enumerate(self.optimizer.param_groups):
             _check_group(self.optimizer, index, group)
         count = len(self.optimizer.param_groups)
         blocks = [[i] for i in range(count)] if self.per_group else [list(range(count))]
         blocks = [block for block in blocks if any(_trained(self.optimizer)[i] for i in block)]
         # All before any is written: a closure that raises leaves everything as it was.
-        answers = [self._answer(closure, block) for block in blocks]
+        with gradients_kept([param for own in _trained(self.optimizer) for param in own]):
+            answers = [self._answer(closure, block) for block in blocks]
         self.learnt = list(self.learnt)
         self.looks += 1
         self.last_spectrum = [spectrum for spectrum, _ in answers]
@@ -249,6 +273,7 @@ class LanczosLR(LRScheduler):
             self.largest[block[0]] = largest
             for i in block:
                 self._learn(i, largest, min(smallest, largest))
+        return any(extremes is not None for _, extremes in answers)
 
     def _answer(
         self, closure: Closure | Sequence[Closure], block: list[int]
@@ -261,16 +286,18 @@ class LanczosLR(LRScheduler):
         plain = kind(closure, params, module=self.module, process_group=self.process_group)
         scale: list[Tensor] = []
         shift: list[Tensor] = []
+        pull: list[Tensor] = []  # the gradient of coupled decay
         for group, own in zip(groups, owned, strict=True):
             decay = 0.0 if group.get("decoupled_weight_decay", False) else group.get("weight_decay", 0.0)
             for param in own:
                 shift.append(plain.gradient.new_full((param.numel(),), self.damping + decay))
+                pull.append(decay * param.detach().reshape(-1))
                 scale.append(self._scale(group, param).reshape(-1) if "betas" in group else torch.ones_like(shift[-1]))
         diagonal = torch.cat(scale)
         sign = -1.0 if groups[0].get("maximize", False) else 1.0
         operator = Preconditioned(plain, diagonal, torch.cat(shift), sign)
         if self.rule == "line":
-            direction = diagonal * plain.gradient
+            direction = diagonal * (sign * plain.gradient + torch.cat(pull))
             direction = direction / direction.norm()
             slope = (direction @ (operator @ direction)).double().cpu().reshape(1)
             spectrum = Spectrum(slope, torch.ones_like(slope), torch.zeros_like(slope), operator.shape[0])
@@ -310,7 +337,7 @@ class LanczosLR(LRScheduler):
         return root.rsqrt()
 
     def _learn(self, index: int, largest: float, smallest: float) -> None:
-        """Sets a group's momentum, and the rate that :meth:`_write` writes."""
+        """Sets a group's momentum, if that is learnt, and the rate that :meth:`_write` writes."""
         group = self.optimizer.param_groups[index]
         adaptive, nesterov = "betas" in group, bool(group.get("nesterov", False))
         momentum = float(group["betas"][0] if adaptive else group["momentum"])
@@ -319,12 +346,13 @@ class LanczosLR(LRScheduler):
             return
         if self.momentum == "learn":
             lr, momentum = heavy_ball(largest, smallest, nesterov=nesterov, max_momentum=self.max_momentum)
+            _set_momentum(group, momentum)
         elif momentum == 0:
             lr = 2 / (largest + smallest)
         else:
             lr = stability_bound(largest, momentum, nesterov=nesterov)
-        _set_momentum(group, momentum)
-        lr *= self.safety / (1 - (momentum if adaptive else float(group["dampening"])))
+        # Without momentum SGD does not dampen.
+        lr *= self.safety / (1 - (momentum if adaptive or momentum == 0 else float(group["dampening"])))
         self.learnt[index] = min(max(min(lr, self.growth * self.learnt[index]), self.min_lr), self.max_lr)
 
     # Checkpoints
@@ -347,8 +375,8 @@ class LanczosLR(LRScheduler):
         wanted = {*_SAVED, "lrs", "momenta"}
         if set(state_dict) != wanted:
             raise ValueError(f"state_dict must have the keys {sorted(wanted)}, got {sorted(state_dict)}")
-        if len(state_dict["lrs"]) != len(groups):
-            raise ValueError(f"state_dict must be of {len(groups)} parameter groups, got {len(state_dict['lrs'])}")
+        for name in wanted:
+            _check_saved(name, state_dict[name], len(groups))
         for name in _SAVED:
             value = state_dict[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
@@ -356,6 +384,28 @@ class LanczosLR(LRScheduler):
             _set_lr(group, lr)
             _set_momentum(group, momentum)
         self._last_lr = self.get_lr()
+
+
+def _check_saved(name: str, value: Any, groups: int) -> None:
+    """Raise unless a saved value is of its kind."""
+    if name == "settled":
+        good, allowed = isinstance(value, bool), "True or False"
+    elif name in ("last_epoch", "due", "looks", "skipped", "seed"):
+        good, allowed = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number >= 0"
+    else:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} in state_dict must be a list, got {value!r}")
+        if len(value) != groups:
+            raise ValueError(f"state_dict must be of {groups} parameter groups, got {len(value)} in {name}")
+        high = 1.0 if name == "momenta" else math.inf
+        optional = name in ("largest", "written")
+        good = all(
+            optional if each is None else isinstance(each, int | float | Tensor) and 0 <= float(each) < high
+            for each in value
+        )
+        allowed = "numbers in [0, 1)" if name == "momenta" else "finite numbers >= 0"
+    if not good:
+        raise ValueError(f"{name} in state_dict must be {allowed}, got {value!r}")
 
 
 def _trained(optimizer: Optimizer) -> list[list[Tensor]]:
@@ -372,7 +422,8 @@ def _set_lr(group: Group, lr: float) -> float:
 
 def _set_momentum(group: Group, momentum: float) -> None:
     if "betas" in group:
-        group["betas"] = (momentum, *group["betas"][1:])
+        first, *rest = group["betas"]
+        group["betas"] = (first.fill_(momentum) if isinstance(first, Tensor) else momentum, *rest)
     else:
         group["momentum"] = momentum
 
@@ -386,7 +437,11 @@ def _check_group(optimizer: Optimizer, index: int, group: Group) -> None:
         )
     if group.get("dale"):
         raise ValueError(f"optimizer must add its steps: {name} multiplies (dale=True)")
+    if "momentum_decay" in group:
+        raise ValueError(f"optimizer must step along its average alone: {name} adds Nesterov's step, as NAdam does")
     if "betas" not in group and not 0 <= float(group["dampening"]) < 1:
         raise ValueError(f"dampening must be in [0, 1), got {group['dampening']!r} in {name}")
+    if "betas" not in group:
+        check_number(f"momentum in {name}", float(group["momentum"]), 0.0, 1.0, "in [0, 1)")
     if group.get("maximize", False) != optimizer.param_groups[0].get("maximize", False):
         raise ValueError(f"maximize must be the same in all groups, got {group.get('maximize')!r} in {name}")

@@ -30,8 +30,9 @@ def max_learning_rate(
         kind: ``"sgd"``, or ``"adaptive"`` for methods that divide by the root of their curvature estimate, as Adam.
         reference_batch, reference_lr: a batch size and the learning rate that is right for it, > 0.
         law: ``"linear"``, the default of ``"sgd"``; ``"sqrt"``, the default of ``"adaptive"``; or ``"saturating"``:
-            linear while noise dominates the top of the batch's spectrum, constant when it does not (for
-            ``"adaptive"``, the root of that).
+            in inverse proportion to :func:`batch_eigenvalue`. With :math:`c` the noise that goes with the root of the
+            batch up to :math:`c / \lambda^2`, where the eigenvalue drowns, then ever more slowly to a constant; with
+            ``"adaptive"`` with the root of all that.
         dataset_size: samples that batches are drawn from without replacement. Default: infinite.
         eigenvalue, noise: for ``"saturating"``, the largest eigenvalue of the whole Hessian and the noise
             :math:`P s^2`, from :func:`fit_noise` or :func:`optimzoo.curvature.noise`.
@@ -57,7 +58,10 @@ def max_learning_rate(
 
 def effective_batch(batch_size: float, dataset_size: float = math.inf, name: str = "batch_size") -> float:
     """B / (1 - B/N), the batch with replacement that is as noisy as B of N samples without; infinite for all."""
-    if not 0 < batch_size <= dataset_size or batch_size == math.inf:
+    if dataset_size != math.inf:
+        check_number("dataset_size", dataset_size, 0.0, math.inf, "> 0", above=True)
+    check_number(name, batch_size, 0.0, math.inf, "finite, > 0 and at most dataset_size", above=True)
+    if batch_size > dataset_size:
         raise ValueError(f"{name} must be finite, > 0 and at most dataset_size, {dataset_size!r}, got {batch_size!r}")
     return math.inf if batch_size == dataset_size else batch_size / (1 - batch_size / dataset_size)
 
@@ -70,8 +74,8 @@ def batch_eigenvalue(eigenvalue: float, noise: float, batch: float) -> float:
     """
     check_number("eigenvalue", eigenvalue, 0.0, math.inf, "finite and > 0", above=True)
     check_number("noise", noise, 0.0, math.inf, "finite and >= 0")
-    if not batch > 0:
-        raise ValueError(f"batch must be > 0, got {batch!r}")
+    if batch != math.inf:
+        check_number("batch", batch, 0.0, math.inf, "> 0", above=True)
     variance = noise / batch
     return eigenvalue + variance / eigenvalue if eigenvalue**2 > variance else 2 * math.sqrt(variance)
 
@@ -88,12 +92,26 @@ def spiked_eigenvalue(eigenvalue: float, ratio: float) -> float:
 
 
 def fit_noise(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """Eigenvalue of the whole Hessian and noise from two pairs of effective batch size and largest eigenvalue."""
+    """Eigenvalue of the whole Hessian and noise from two pairs of effective batch size and largest eigenvalue.
+
+    The inverse of :func:`batch_eigenvalue`, whether the eigenvalue drowns in the noise of the smaller batch or not.
+    Where it drowns in both, the largest values go with the root of the batch and do not tell it: an error.
+    """
+    for which, pair in (("first", first), ("second", second)):
+        for what, number in zip(("batch", "eigenvalue"), pair, strict=True):
+            check_number(f"{which} {what}", number, 0.0, math.inf, "finite and > 0", above=True)
     (b1, top1), (b2, top2) = sorted((first, second))
-    if not (0 < b1 < b2 < math.inf and 0 < top2 <= top1 < math.inf and b2 * top2 > b1 * top1):
-        raise ValueError(f"the larger batch must have the smaller eigenvalue, by less than 1/b, got {first}, {second}")
+    if not (b1 < b2 and top2 <= top1 and b2 * top2**2 > (1 + 1e-9) * b1 * top1**2):
+        raise ValueError(
+            "the larger batch must have the smaller eigenvalue, by less than the root of the batches' ratio, "
+            f"got {first}, {second}"
+        )
     eigenvalue = (b2 * top2 - b1 * top1) / (b2 - b1)
-    return eigenvalue, eigenvalue * (top1 - top2) / (1 / b1 - 1 / b2)
+    noise = eigenvalue * (top1 - top2) / (1 / b1 - 1 / b2)
+    if b1 * eigenvalue**2 < noise:  # top1 is the bulk's edge
+        noise = b1 * top1**2 / 4
+        eigenvalue = (top2 + math.sqrt(top2**2 - 4 * noise / b2)) / 2
+    return eigenvalue, noise
 
 
 # A quadratic
@@ -112,8 +130,8 @@ def heavy_ball(
     \gamma = 1 / L` for ``nesterov``. Where ``max_momentum`` cuts the momentum, the rate is that for the momentum cut.
     """
     check_number("largest", largest, 0.0, math.inf, "finite and > 0", above=True)
-    if not 0 <= smallest <= largest:
-        raise ValueError(f"smallest must be in [0, largest], got {smallest!r} with {largest!r}")
+    check_number("smallest", smallest, 0.0, math.nextafter(largest, math.inf), f"in [0, {largest!r}], the largest")
+    check_number("max_momentum", max_momentum, 0.0, math.nextafter(1.0, 2.0), "in [0, 1]")
     root = (math.sqrt(largest) - math.sqrt(smallest)) / (math.sqrt(largest) + math.sqrt(smallest))
     if nesterov:
         return 1 / largest, min(root, max_momentum)
@@ -123,4 +141,6 @@ def heavy_ball(
 
 def stability_bound(largest: float, momentum: float, *, nesterov: bool = False) -> float:
     r"""The learning rate at which heavy ball diverges, :math:`2 (1 + \rho) / L`; over :math:`1 + 2\rho`, Nesterov's."""
+    check_number("largest", largest, 0.0, math.inf, "finite and > 0", above=True)
+    check_number("momentum", momentum, 0.0, 1.0, "in [0, 1)")
     return 2 * (1 + momentum) / (largest * (1 + 2 * momentum if nesterov else 1))

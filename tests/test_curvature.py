@@ -197,21 +197,26 @@ def test_training_does_not_notice(several):
     torch.testing.assert_close(matrix, matrix.T, rtol=1e-10, atol=1e-12)  # one mask of Dropout for all products
 
 
-def test_the_graph_is_freed_with_the_operator():
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_the_graph_is_freed_with_the_operator(kind):
     model, inputs = prepared(mlp)
     kept = []
 
     def closure():
         hidden = model[0](inputs)
         kept.append(weakref.ref(hidden))
-        return F.cross_entropy(model[2](hidden.tanh()), LABELS)
+        outputs = model[2](hidden.tanh())
+        loss = F.cross_entropy(outputs, LABELS)
+        return (outputs, loss) if kind is GGN else loss
 
+    gc.collect()
     gc.disable()
     try:
-        operator = Hessian(closure, list(model.parameters()))
+        operator = kind(closure, list(model.parameters()))
         lanczos(operator, 5)
+        kept.append(weakref.ref(operator))
         del operator
-        assert kept[0]() is None
+        assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()
 
@@ -274,6 +279,35 @@ def test_a_run_ends_when_the_top_is_known():
     assert abs(float(spectrum.values[0]) - 9) <= float(spectrum.errors[0])
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("bulk", "spike"), [(1.0, 20.0), (-100.0, 50.0), (0.0, 3.0)])
+def test_a_run_does_not_end_at_a_bulk_far_from_zero(bulk, spike, seed):
+    values = torch.full((100_000,), bulk)
+    values[0] = spike
+
+    class Diagonal:
+        shape, dtype, device = (len(values), len(values)), values.dtype, values.device
+
+        def __matmul__(self, vector):
+            return values * vector
+
+    assert float(lanczos(Diagonal(), 10, seed=seed, tol=0.1).values[0]) == pytest.approx(spike, rel=0.1)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.2, 1.0, 10.0])
+def test_damping_does_not_hide_the_top_of_a_network(damping):
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    with torch.no_grad():
+        for i, param in enumerate(model.parameters()):
+            param.copy_(normal(i, *param.shape) / math.sqrt(param.shape[-1]))
+    inputs, labels = normal(7, 128, 20).float(), torch.arange(128) % 10
+    operator = Hessian(loss_of(model, inputs, labels), list(model.parameters()))
+    top = float(lanczos(operator, 40).values[0])
+    for seed in range(3):  # starts from which ten products suffice
+        spectrum = lanczos(Preconditioned(operator, 1.0, damping), 10, seed=seed, tol=0.1)
+        assert float(spectrum.values[0]) == pytest.approx(top + damping, abs=0.1 * top)
+
+
 def test_a_product_that_is_not_finite_gives_nan():
     for bad in (math.inf, math.nan):
         matrix = torch.eye(4) * bad
@@ -331,8 +365,44 @@ class Halved(torch.autograd.Function):
         return 2 * grad
 
 
+class Fused(torch.autograd.Function):
+    """A sum of cubes that computes its gradient with itself, as fused losses do."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(3 * x.square())
+        return x.pow(3).sum()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class Twice(torch.autograd.Function):
+    """A square whose derivative is decorated and has one itself."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
 def backward_called(w):
     loss = w.square().sum()
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def backward_called_on(loss):
     loss.backward(retain_graph=True)
     return loss
 
@@ -356,6 +426,7 @@ CLOSURES = {
     "nothing": (lambda w: None, TypeError, "must return the loss, got None"),
     "vector": (lambda w: 2 * w, ValueError, "must be one number"),
     "once": (lambda w: Halved.apply(w * w).square().sum(), RuntimeError, "^Halved has no second derivative"),
+    "fused": (lambda w: Fused.apply(w.sin()), RuntimeError, "^Fused has no second derivative"),
     "attention": (attention, RuntimeError, "flash_attention.*has no second derivative"),
     "raises": (lambda w: 1 / 0, ZeroDivisionError, "division"),
 }
@@ -379,10 +450,45 @@ def test_a_wrong_closure_of_the_gauss_newton_matrix_is_named():
     for closure, error, match in [
         (lambda: w.sum(), TypeError, r"must return \(outputs, loss\)"),
         (lambda: (w.detach(), w.sum()), RuntimeError, "outputs has no graph"),
-        (lambda: (Halved.apply(w), Halved.apply(w).sum()), RuntimeError, "Halved has no second derivative"),
+        (lambda: (lambda z: (z, z.square().sum()))(Halved.apply(w)), RuntimeError, "^Halved has no second derivative"),
+        (lambda: (w.sin(), w.sin().sum()), RuntimeError, "loss must be computed from its outputs"),
+        (lambda: (lambda z: (z, Fused.apply(z)))(w.sin()), RuntimeError, "^Fused has no second derivative"),
     ]:
         with pytest.raises(error, match=match):
             GGN(closure, [w])
+
+
+def test_other_decorators_of_a_backward_are_no_obstacle():
+    w = normal(1, 6).requires_grad_()
+    torch.testing.assert_close(
+        Hessian(lambda: Twice.apply(w).sum(), [w]) @ torch.ones(6).double(), 2 * torch.ones(6).double()
+    )
+
+
+def test_a_loss_that_is_linear_in_the_outputs_has_a_gauss_newton_matrix_of_zero():
+    w = normal(1, 6).requires_grad_()
+    assert not (GGN(lambda: (lambda z: (z, z.sum()))(w.sin()), [w]) @ torch.ones(6).double()).any()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_sparse_gradient_is_named(kind):
+    table = nn.Embedding(5, 3, sparse=True)
+
+    def closure():
+        outputs = table(torch.tensor([1, 2]))
+        return (outputs, outputs.square().sum()) if kind is GGN else outputs.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"params\[0\] must have a dense gradient.*sparse=False"):
+        kind(closure, [table.weight])
+
+
+def test_gradients_of_the_modules_other_parameters_are_kept():
+    model, inputs = prepared(mlp)
+    model[2].bias.grad = torch.ones(3).double()
+    with pytest.raises(RuntimeError, match=r"called backward\(\)"):
+        Hessian(lambda: backward_called_on(loss_of(model, inputs)()), [model[0].weight], module=model)
+    assert [param.grad is None for param in model.parameters()] == [True, True, True, False]
+    assert torch.equal(model[2].bias.grad, torch.ones(3).double())
 
 
 def test_a_compiled_model_is_named():

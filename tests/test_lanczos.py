@@ -180,7 +180,7 @@ def test_laws_and_shifts_are_the_literal_ones():
     for b in (3.0, 40.0, 4000.0):
         assert batch_eigenvalue(2.0, 90.0, b) == pytest.approx(reference.additive_outlier(2.0, 90.0, b), rel=1e-12)
         assert spiked_eigenvalue(3.0, b / 9) == pytest.approx(reference.multiplicative_top(3.0, b / 9), rel=1e-12)
-    assert fit_noise((10, 9.0), (40, 4.0)) == pytest.approx(reference.fit_noise(10, 9.0, 40, 4.0), rel=1e-12)
+    assert fit_noise((10, 5.0), (40, 4.0)) == pytest.approx(reference.fit_noise(10, 5.0, 40, 4.0), rel=1e-12)
     for law, kind in [(None, "sgd"), (None, "adaptive"), ("saturating", "sgd"), ("saturating", "adaptive")]:
         known = dict(kind=kind, reference_batch=32, reference_lr=0.1, law=law)
         got = max_learning_rate(500, **known, eigenvalue=2.0, noise=90.0, dataset_size=1000)
@@ -221,6 +221,7 @@ def test_the_learnt_pair_is_the_optimal_one_and_converges_as_fast(kappa, scale):
         (dict(momentum=0.5, dampening=0.5), True),
         (dict(momentum=0.9, nesterov=True), True),
         (dict(momentum=0.0), True),
+        (dict(momentum=0.0, dampening=0.9), True),
         (dict(momentum=0.9), False),
         (dict(momentum=0.9, dampening=0.3), False),
     ],
@@ -268,6 +269,17 @@ def test_the_line_rule_is_the_newton_step_along_the_gradient():
     learner(problem, rule="line", safety=0.1).step(problem.loss)
     assert problem.group["lr"] == pytest.approx((25 + 4 + 1) / (125 + 8 + 1), rel=1e-12)
     assert problem.group["momentum"] == 0.3
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_line_rule_goes_along_the_decayed_gradient(maximize):
+    problem = Quadratic([5.0, 1.0], weight_decay=2.0, maximize=maximize)
+    target = torch.tensor([0.3, 1.5], dtype=torch.float64)
+    scheduler = learner(problem, rule="line")
+    sign = -1 if maximize else 1
+    scheduler.step(lambda: sign * (problem.values * (problem.x - target).square()).sum() / 2)
+    g = problem.values * (1 - target) + 2.0
+    assert problem.group["lr"] == pytest.approx(float(g @ g / (g @ ((problem.values + 2) * g))), rel=1e-12)
 
 
 def test_decay_and_damping_are_curvature_and_decoupled_decay_is_not():
@@ -333,6 +345,20 @@ def test_adams_first_beta_is_learnt_if_asked():
     lr, momentum = heavy_ball(float(values[0]), float(values[-1]))
     assert problem.group["betas"] == (pytest.approx(momentum, rel=1e-9), 0.999)
     assert problem.group["lr"] == pytest.approx(lr / (1 - momentum), rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", ["fixed", "learn"])
+def test_tensor_betas_stay_the_tensors_that_they_are(momentum):
+    betas = (torch.tensor(0.9), torch.tensor(0.999))
+    problem = Quadratic([3.0, 1.0, 0.2], torch.optim.Adam, betas=betas, foreach=False)
+    scheduler = learner(problem, momentum=momentum)
+    problem.advance()
+    scheduler.step(problem.loss)
+    assert all(now is then for now, then in zip(problem.group["betas"], betas, strict=True))
+    assert (float(betas[0]) == pytest.approx(0.9)) == (momentum == "fixed")
+    scheduler.load_state_dict(scheduler.state_dict())
+    assert problem.group["betas"][0] is betas[0]
+    problem.advance()
 
 
 # Guards and the loop
@@ -460,6 +486,21 @@ def test_a_spectrum_without_an_answer_leaves_the_rate_and_says_so_once(loss):
     assert problem.group["lr"] == pytest.approx(heavy_ball(2.0, 1.0)[0])
 
 
+def test_a_first_look_without_an_answer_delays_nothing_but_itself():
+    problem, looks = Quadratic([0.1, 0.05], momentum=0.9), []
+    scheduler = LanczosLR(problem.optimizer, every=200)
+    with pytest.warns(UserWarning, match="no learning rate"):
+        scheduler.step(lambda: problem.loss() * math.nan)
+    assert (scheduler.looks, scheduler.skipped, scheduler.settled, scheduler.due) == (1, 1, False, 10)
+    for step in range(1, 60):
+        count = scheduler.looks
+        scheduler.step(problem.loss)
+        if scheduler.looks > count:
+            looks.append(step)
+    assert looks == [10, 20, 30, 40, 50]
+    assert problem.group["lr"] == pytest.approx(0.01 * 1.5**5)
+
+
 def network(seed=0):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3)).double()
     with torch.no_grad():
@@ -549,6 +590,22 @@ def test_a_closure_that_raises_changes_nothing(closure, error, match):
     assert torch.equal(problem.x, x)
 
 
+def test_a_closure_that_calls_backward_leaves_the_gradients_of_all_groups():
+    x, y = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y.grad = torch.full_like(y, 7)
+    optimizer = torch.optim.SGD([{"params": [x]}, {"params": [y]}], lr=1.0)
+
+    def closure():
+        loss = x.square().sum() + y.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"called backward\(\)"):
+        LanczosLR(optimizer, per_group=True).step(closure)
+    assert x.grad is None
+    assert y.grad.tolist() == [7.0] * 3
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -571,12 +628,25 @@ def test_a_closure_that_raises_changes_nothing(closure, error, match):
         (dict(min_lr=-1.0), ValueError),
         (dict(min_lr=1.0, max_lr=0.5), ValueError),
         (dict(tol="small"), TypeError),
+        (dict(growth="fast"), TypeError),
+        (dict(growth=math.nan), ValueError),
+        (dict(max_lr="high"), TypeError),
+        (dict(max_lr=0.0), ValueError),
+        (dict(max_lr=math.nan), ValueError),
+        (dict(schedule="cosine"), TypeError),
+        (dict(schedule=lambda step: math.nan), ValueError),
+        (dict(schedule=lambda step: -1.0), ValueError),
+        (dict(per_group="no"), TypeError),
+        (dict(seed=1.5), ValueError),
+        (dict(seed=-1), ValueError),
+        (dict(module=3), TypeError),
+        (dict(process_group="all"), TypeError),
     ],
 )
 def test_wrong_settings_are_named_and_the_optimizer_is_left_alone(options, error):
     problem = Quadratic([2.0, 1.0])
     name = list(options)[-1]
-    with pytest.raises(error, match=f"{name} must be"):
+    with pytest.raises(error, match=f"{name} must (be|return)"):
         LanczosLR(problem.optimizer, **options)
     assert problem.group["lr"] == 1.0
     assert "initial_lr" not in problem.group
@@ -587,7 +657,9 @@ def test_wrong_settings_are_named_and_the_optimizer_is_left_alone(options, error
     [
         (torch.optim.Adagrad, {}, "Adagrad's group 0 has"),
         (torch.optim.RMSprop, dict(momentum=0.9), "RMSprop's group 0 has"),
+        (torch.optim.NAdam, {}, "NAdam's group 0 adds Nesterov's step"),
         (optimzoo.DaleSGD, {}, r"DaleSGD's group 0 multiplies \(dale=True\)"),
+        (torch.optim.SGD, dict(momentum=1.0), r"momentum in SGD's group 0 must be in \[0, 1\), got 1.0"),
         (torch.optim.SGD, dict(momentum=0.5, dampening=1.0), r"dampening must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -628,9 +700,56 @@ def test_wrong_parameters_groups_and_states_are_named():
     two = [{"params": [torch.ones(2, requires_grad=True)]} for _ in range(2)]
     with pytest.raises(ValueError, match="state_dict must be of 2 parameter groups, got 1"):
         LanczosLR(torch.optim.SGD(two, lr=1.0)).load_state_dict(state)
-    problem.optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
-    with pytest.raises(RuntimeError, match="groups were added"):
+    problem.optimizer.add_param_group({"params": [torch.ones(2, dtype=torch.float64, requires_grad=True)], "lr": 1.0})
+    with pytest.raises(RuntimeError, match="groups were added.*set each group's lr"):
         scheduler.step()
+    problem.group["lr"] = 1.0
+    scheduler = learner(problem)
+    scheduler.step(problem.loss)
+    assert [group["lr"] for group in problem.optimizer.param_groups] == pytest.approx(
+        [heavy_ball(2.0, 1e-9)[0]] * 2, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learnt", "x"),
+        ("learnt", ["x"]),
+        ("learnt", [math.nan]),
+        ("multipliers", [-1.0]),
+        ("lrs", [None]),
+        ("momenta", []),
+        ("momenta", [1.0]),
+        ("largest", [math.inf]),
+        ("written", [1.0, 2.0]),
+        ("base_lrs", None),
+        ("last_epoch", 1.5),
+        ("looks", -1),
+        ("seed", True),
+        ("settled", 1),
+    ],
+)
+def test_a_state_with_a_wrong_value_is_named_and_not_loaded(name, value):
+    problem = Quadratic([2.0, 1.0], momentum=0.3)
+    scheduler = learner(problem)
+    scheduler.step(problem.loss)
+    before = copy.deepcopy((scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]))
+    other = learner(Quadratic([3.0, 1.0]))
+    with pytest.raises(ValueError, match=rf"{name} in state_dict|state_dict must be of.* in {name}"):
+        scheduler.load_state_dict({**other.state_dict(), name: value})
+    assert (scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]) == before
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, None])
+def test_a_schedule_that_fails_changes_nothing(value):
+    problem = Quadratic([2.0, 1.0], momentum=0.3)
+    scheduler = learner(problem, every=1, schedule=lambda step: value if step == 2 else 1.0)
+    scheduler.step(problem.loss)
+    before = copy.deepcopy((scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]))
+    with pytest.raises((ValueError, TypeError)):
+        scheduler.step(lambda: 3 * problem.loss())
+    assert (scheduler.state_dict(), problem.group["lr"], problem.group["momentum"]) == before
 
 
 # Laws of batch size
@@ -643,7 +762,7 @@ def test_rates_scale_with_the_batch_as_the_paper_says(b, reference, lr):
     assert max_learning_rate(b, kind="adaptive", **known) == pytest.approx(lr * math.sqrt(b / reference))
 
 
-def test_the_saturating_law_is_linear_in_small_batches_and_constant_in_large_ones():
+def test_the_saturating_law_goes_with_the_root_of_small_batches_and_is_constant_in_large_ones():
     known = dict(reference_batch=1e9, reference_lr=2.0, law="saturating", eigenvalue=1.0, noise=1e4)
     assert max_learning_rate(1e8, **known) == pytest.approx(2.0, rel=1e-3)
     # Above the bulk's edge, at b > c / lambda^2, the rate is 2 / (1 + c / b).
@@ -661,6 +780,12 @@ def test_effective_batches_and_the_fit_of_the_noise():
     assert effective_batch(50) == 50
     pairs = [(b, batch_eigenvalue(3.0, 200.0, b)) for b in (32, 100)]
     assert fit_noise(*pairs) == pytest.approx((3.0, 200.0))
+    drowned = [(b, batch_eigenvalue(3.0, 200.0, b)) for b in (10, 22, 23, 100, 1e6)]
+    for i, small in enumerate(drowned):
+        for large in drowned[max(i + 1, 2) :]:  # 200 / 9 is the threshold
+            assert fit_noise(large, small) == pytest.approx((3.0, 200.0), rel=1e-6)
+    with pytest.raises(ValueError, match="the larger batch must have the smaller eigenvalue"):
+        fit_noise(*drowned[:2])
     assert fit_noise(*reversed(pairs)) == pytest.approx((3.0, 200.0))
 
 
@@ -694,12 +819,38 @@ def test_random_matrices_follow_the_laws(eigenvalue):
         (lambda: batch_eigenvalue(1.0, -1.0, 1.0), "noise must be"),
         (lambda: spiked_eigenvalue(2.0, -1.0), "ratio must be"),
         (lambda: fit_noise((10, 1.0), (20, 2.0)), "the larger batch must have the smaller eigenvalue"),
+        (lambda: fit_noise((0, 2.0), (20, 1.0)), "first batch must be"),
+        (lambda: effective_batch(8, math.nan), "dataset_size must be"),
+        (lambda: effective_batch(math.nan), "batch_size must be"),
+        (lambda: batch_eigenvalue(1.0, 1.0, 0.0), "batch must be"),
+        (lambda: stability_bound(0.0, 0.9), "largest must be"),
+        (lambda: stability_bound(-1.0, 0.9), "largest must be"),
+        (lambda: stability_bound(1.0, -5.0), "momentum must be"),
+        (lambda: stability_bound(1.0, 1.0), "momentum must be"),
+        (lambda: heavy_ball(1.0, 0.1, max_momentum=-1.0), "max_momentum must be"),
+        (lambda: heavy_ball(1.0, math.nan), "smallest must be"),
         (lambda: heavy_ball(0.0, 0.0), "largest must be"),
         (lambda: heavy_ball(1.0, 2.0), "smallest must be"),
     ],
 )
 def test_wrong_numbers_are_named(call, match):
     with pytest.raises(ValueError, match=match):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: max_learning_rate(True, reference_batch=1, reference_lr=1), "batch_size must be a number"),
+        (lambda: max_learning_rate("8", reference_batch=1, reference_lr=1), "batch_size must be a number"),
+        (lambda: batch_eigenvalue(1.0, 1.0, "a"), "batch must be a number"),
+        (lambda: fit_noise((10, "2"), (20, 1.0)), "first eigenvalue must be a number"),
+        (lambda: heavy_ball(1.0, "0"), "smallest must be a number"),
+        (lambda: stability_bound("1", 0.9), "largest must be a number"),
+    ],
+)
+def test_what_is_no_number_is_named(call, match):
+    with pytest.raises(TypeError, match=match):
         call()
 
 
@@ -751,6 +902,16 @@ def worker(rank: int, folder: str) -> None:
         @ v,
     ]
     torch.testing.assert_close(products[0], products[1], rtol=1e-11, atol=1e-13)
+    # Three micro-batches, two of them on one rank.
+    rows = [[slice(0, 4), slice(4, 8)], [slice(8, 12)]]
+    uneven = Hessian(
+        [lambda r=r: F.cross_entropy(alone(inputs[r]), labels[r]) for r in rows[rank]],
+        list(alone.parameters()),
+        process_group=dist.group.WORLD,
+    )
+    whole = Hessian(lambda: F.cross_entropy(alone(inputs[:12]), labels[:12]), list(alone.parameters()))
+    for left, right in [(uneven @ v, whole @ v), (uneven.loss, whole.loss), (uneven.gradient, whole.gradient)]:
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-13)
     dist.destroy_process_group()
 
 
