@@ -91,8 +91,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
     ``num_workers > 0`` draws ``num_workers * prefetch_factor`` micro-batches ahead: so late a new size arrives, and
     never within a batch. What has been drawn counts as used when :meth:`advance` is called, as
     :class:`AdaptiveBatchSize` does in each step. Iteration starts behind the last batch that was used, in the middle of
-    an epoch too, and the next epoch begins by itself. Batches that were drawn and not used come again, of the sizes that
-    they had. There is one iteration at a time: a new one ends the one before it, after the batch that this is in.
+    an epoch too, and the next epoch begins by itself. Batches that were drawn and not used come again, of the sizes
+    that they had. There is one iteration at a time: a new one ends the one before it, after the batch that this is in.
 
     The state dict has seed, epoch, the position used and the sizes that were drawn ahead: a loader with as many workers
     goes on with the same batches, bit for bit. Where fewer samples than ranks would be left for a last batch, the one
