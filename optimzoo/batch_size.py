@@ -93,7 +93,8 @@ class AdaptiveBatchSize:
         test_interval: test each so many steps. Default 1.
         ema: weight of the past in the averages of variance and squared norm, which are smoothed each by itself; in
             [0, 1). Default 0.
-        max_growth: the largest factor in one test, > 1. Default: none.
+        max_growth: the largest factor in one test, > 1, before the batch is rounded up to equal micro-batches.
+            Default: none.
         monotone: never shrink. Default ``True``. Otherwise the first batch size is the least.
         unbiased: subtract from :math:`\|\bar g\|^2` the part that is due to noise, :math:`V/b`, where that leaves
             something. Default ``False``.
@@ -267,7 +268,7 @@ class AdaptiveBatchSize:
     def weight(self) -> float:
         """What to multiply the mean loss of the micro-batch under way by, so that gradients add up to the batch's mean.
 
-        It is ``1 / accumulation_steps`` where micro-batches are equal, as all but those of an epoch's last batch are.
+        It is ``1 / accumulation_steps`` where micro-batches are equal.
         """
         current = self.sampler.current
         if current is None or self.remaining < 1:
@@ -362,9 +363,8 @@ class AdaptiveBatchSize:
         if not self.averages:
             self.averages = [[0.0, 0.0] for _ in parts]
         for average, part in zip(self.averages, parts, strict=True):
-            if self.ema > 0:  # an infinite ratio of coordinates is not to stay
-                part = [self.ema * old + (1 - self.ema) * new for old, new in zip(average, part, strict=True)]
-            average[:] = part
+            old = average if self.ema > 0 else [0.0, 0.0]  # 0 times an infinite ratio of coordinates is NaN
+            average[:] = [self.ema * past + (1 - self.ema) * new for past, new in zip(old, part, strict=True)]
         thresholds = {"inner_product": [self.theta], "augmented": [self.theta, self.nu]}.get(self.test, [self.eta])
         bounds = [bound * bound * g for (_, g), bound in zip(self.averages, thresholds, strict=True)]
         if min(bounds) == 0:
