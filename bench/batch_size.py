@@ -414,6 +414,7 @@ def run_preset(args: argparse.Namespace, reader: Any = None) -> Outcome:
     preset = PRESETS[args.preset]
     preset = replace(preset, samples=args.samples or preset.samples)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
+    preset = replace(preset, first=max(preset.first, ranks))  # each rank needs a sample
     cuda = torch.cuda.is_available()
     if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -422,7 +423,11 @@ def run_preset(args: argparse.Namespace, reader: Any = None) -> Outcome:
     if cuda:
         torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
-    train_set, test_set, classes = read(preset, args.data_root, args.download and rank == 0, reader)
+    if args.download and ranks > 1:  # the first rank fetches, and the others wait for it
+        if rank == 0:
+            read(preset, args.data_root, True, reader)
+        dist.barrier()
+    train_set, test_set, classes = read(preset, args.data_root, args.download and ranks == 1, reader)
     model = model_of(preset, classes).to(device)
     sampler = AdaptiveBatchSampler(
         train_set,

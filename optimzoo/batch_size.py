@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from collections.abc import Container
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -92,7 +93,7 @@ class AdaptiveBatchSize:
         test_interval: test each so many steps. Default 1.
         ema: weight of the past in the averages of variance and squared norm, which are smoothed each by itself; in
             [0, 1). Default 0.
-        max_growth: the largest factor in one test, > 1, before the size is rounded up to equal micro-batches.
+        max_growth: the largest factor in one test, > 1, before the batch is rounded up to equal micro-batches.
             Default: none.
         monotone: never shrink. Default ``True``. Otherwise the first batch size is the least.
         unbiased: subtract from :math:`\|\bar g\|^2` the part that is due to noise, :math:`V/b`, where that leaves
@@ -163,13 +164,17 @@ class AdaptiveBatchSize:
         """What ``lr_coupling`` has multiplied the learning rates by."""
         self._batch: Batch | None = None  # that the last backward pass was of
         self._passes = 0  # backward passes of that batch
-        self._task = -1  # the graph task of the last of them
-        self._in_pass = False  # one is under way
-        self._reads = False  # the batch is tested, as was found at its first pass
+        self._tested = False  # whether that batch is
+        self._task = -1  # the graph task of the backward pass under way
+        self._ended = -1  # and of the last that came to its end
         self._watched: dict[Tensor, Any] = {}
+        weakref.finalize(self, _forget, self._watched, ()).atexit = False
         self.largest = self._split(sampler.max_batch_size)
         """The largest batch size that the sampler's maximum and the split allow."""
         self.source = self._choose(source, model)
+        self._group: Any = None  # the process group of the ranks; None: the default
+        if sampler.num_replicas > 1:
+            self._group = self._find_group(model)
         self._source: PerSample | MicroBatches | Ranks
         if self.source == "ddp":
             self._source = Ranks(self, cast("DistributedDataParallel", model))
@@ -183,11 +188,6 @@ class AdaptiveBatchSize:
         ranks, passes = sampler.num_replicas, sampler.accumulation_steps
         ddp = _HAS_DISTRIBUTED and isinstance(model, DistributedDataParallel)
         sharded = _HAS_DISTRIBUTED and any(isinstance(param, DTensor) for param in self.params)
-        if ranks > 1 and _HAS_DISTRIBUTED and dist.is_initialized() and dist.get_world_size() != ranks:
-            raise ValueError(
-                f"sampler must share its batches among all {dist.get_world_size()} processes of the default group, "
-                f"has num_replicas={ranks}"
-            )
         if source is None:
             source = "ddp" if ddp else "micro_batch" if passes > 1 else "per_sample"
         _check_choice("source", source, SOURCES)
@@ -197,10 +197,6 @@ class AdaptiveBatchSize:
                 problem = "needs model=, a DistributedDataParallel; for FSDP2 use source='micro_batch'"
             elif ranks < 2:
                 problem = f"needs two ranks or more, the sampler has num_replicas={ranks}"
-            elif dist.get_world_size(cast("DistributedDataParallel", model).process_group) != ranks:
-                problem = f"needs a model whose process group is that of the sampler, with num_replicas={ranks}"
-            elif {p for p in cast("nn.Module", model).parameters() if p.requires_grad} != set(self.params):
-                problem = "needs an optimizer of all trainable parameters of the model, and of no others"
         elif source == "micro_batch":
             if passes < 2:
                 problem = (
@@ -224,6 +220,27 @@ class AdaptiveBatchSize:
         if problem:
             raise ValueError(f"source={source!r} {problem}")
         return source
+
+    def _find_group(self, model: nn.Module | None) -> Any:
+        """The process group of the ranks that share a batch: that of a DDP model, or the default."""
+        sampler = self.sampler
+        if not (_HAS_DISTRIBUTED and dist.is_initialized()):
+            raise ValueError(f"the sampler has num_replicas={sampler.num_replicas}, but there is no process group")
+        group = model.process_group if isinstance(model, DistributedDataParallel) else None
+        if (size := dist.get_world_size(group)) != sampler.num_replicas:
+            which = "the default process group" if group is None else "the process group of model"
+            raise ValueError(
+                f"{which} has {size} ranks, the sampler has num_replicas={sampler.num_replicas}: they must be the same"
+            )
+        found: list[Any] = [None] * size
+        dist.all_gather_object(found, (sampler.seed, sampler.rank), group)
+        seeds, ranks = zip(*found, strict=True)
+        if len({*seeds}) > 1 or sorted(ranks) != [*range(size)]:
+            raise ValueError(
+                f"the samplers of the {size} ranks have seeds {[*seeds]} and rank={[*ranks]}: give them the same seed, "
+                "by generators in equal states, and each its own rank"
+            )
+        return group
 
     @property
     def params(self) -> list[Tensor]:
@@ -251,8 +268,7 @@ class AdaptiveBatchSize:
     def weight(self) -> float:
         """What to multiply the mean loss of the micro-batch under way by, so that gradients add up to the batch's mean.
 
-        It is ``1 / accumulation_steps`` where micro-batches are equal: those of a size that a test has set are, but for
-        an epoch's last batch; those of the first size need not be.
+        It is ``1 / accumulation_steps`` where micro-batches are equal.
         """
         current = self.sampler.current
         if current is None or self.remaining < 1:
@@ -263,12 +279,14 @@ class AdaptiveBatchSize:
     def _index(self) -> int:
         """Backward passes of the batch under way; a loop that was left in the middle of one begins another."""
         if torch._C._current_graph_task_id() == -1:
-            self._in_pass = False  # of one that was broken off
+            self._task = -1  # of a pass that failed, if any
         return self._passes if self._batch is self.sampler.current else 0
 
     @property
     def needs_stats(self) -> bool:
-        """Whether the batch under way will be tested."""
+        """Whether the batch under way will be tested; that is settled by its first backward pass."""
+        if self._index > 0:
+            return self._tested
         return not self.over and (self.steps + 1) % self.test_interval == 0
 
     @property
@@ -292,8 +310,13 @@ class AdaptiveBatchSize:
                 f"{self._index} backward passes were seen for a batch of {len(batch.shares)} micro-batches; step only "
                 "where schedule.remaining is 0, and call backward once for each micro-batch"
             )
-        reads = self._reads if self._index else self.needs_stats
-        moments = self._source.read(batch) if reads else None
+        if self._index == 0 and len(batch.shares) > 1:  # of per_sample alone
+            raise RuntimeError(
+                f"the batch comes in {len(batch.shares)} micro-batches and no backward pass was seen: torch.func runs "
+                "none that could be counted. Leave out max_micro_batch_size and min_accumulation_steps; vmap has a "
+                "chunk_size to bound its memory"
+            )
+        moments = self._source.read(batch) if self.needs_stats else None
         self.sampler.advance()
         self.samples += batch.samples
         self.steps += 1
@@ -321,7 +344,7 @@ class AdaptiveBatchSize:
         )
         if self.sampler.num_replicas > 1:  # sums may differ in a last bit between ranks
             answer = torch.tensor(size, device=self.params[0].device)
-            dist.broadcast(answer, 0)
+            dist.broadcast(answer, group=self._group, group_src=0)
             size = int(answer)
         if size > self.sampler.batch_size or not self.monotone:
             self.sampler.batch_size = size
@@ -340,7 +363,8 @@ class AdaptiveBatchSize:
         if not self.averages:
             self.averages = [[0.0, 0.0] for _ in parts]
         for average, part in zip(self.averages, parts, strict=True):
-            average[:] = [self.ema * old + (1 - self.ema) * new for old, new in zip(average, part, strict=True)]
+            old = average if self.ema > 0 else [0.0, 0.0]  # 0 times an infinite ratio of coordinates is NaN
+            average[:] = [self.ema * past + (1 - self.ema) * new for past, new in zip(old, part, strict=True)]
         thresholds = {"inner_product": [self.theta], "augmented": [self.theta, self.nu]}.get(self.test, [self.eta])
         bounds = [bound * bound * g for (_, g), bound in zip(self.averages, thresholds, strict=True)]
         if min(bounds) == 0:
@@ -357,11 +381,11 @@ class AdaptiveBatchSize:
         """Bring the learning rates to the size of the batch that comes next, which was drawn some steps ago."""
         factor = (self.batch_size / self.first_batch_size) ** _POWERS[self.lr_coupling]
         if factor != self.lr_factor:
-            groups = self.optimizer.param_groups
-            for lr in {id(group["lr"]): group["lr"] for group in groups}.values():  # groups may share a tensor
-                if isinstance(lr, Tensor):
+            shared = {id(group["lr"]): group["lr"] for group in self.optimizer.param_groups}
+            for lr in shared.values():
+                if isinstance(lr, Tensor):  # groups may have the same one
                     lr.mul_(factor / self.lr_factor)
-            for group in groups:
+            for group in self.optimizer.param_groups:
                 if not isinstance(group["lr"], Tensor):
                     group["lr"] *= factor / self.lr_factor
             self.lr_factor = factor
@@ -372,32 +396,39 @@ class AdaptiveBatchSize:
 
         def seen(param: Tensor) -> None:
             schedule = own()
+            if schedule is None or schedule._task != -1:  # seen, or a pass within the one that was
+                return
             task = torch._C._current_graph_task_id()
-            if schedule is not None and task != schedule._task and not schedule._in_pass:
-                schedule._task, schedule._in_pass = task, True
-                if schedule._index == 0:  # before DDP reduces what a source may read
-                    schedule._source.clear()
-                engine: Any = torch.autograd.Variable._execution_engine
-                engine.queue_callback(schedule._end_pass)
+            if task < schedule._ended:
+                raise RuntimeError(
+                    "a backward pass has ended within this one, before a gradient of its own: AdaptiveBatchSize cannot "
+                    "count them. Use checkpoint(..., use_reentrant=False)"
+                )
+            schedule._task = task
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(schedule._end_pass)
 
-        for param in self.params:
+        params = {*self.params}
+        _forget(self._watched, params)
+        for param in params:
             if param not in self._watched:
                 self._watched[param] = param.register_post_accumulate_grad_hook(seen)  # type: ignore[no-untyped-call]
 
     def _end_pass(self) -> None:
         """What happens when a backward pass has left its gradients."""
-        self._in_pass = False
-        batch, index = self.sampler.current, self._index
-        if batch is not None and index >= len(batch.shares):
+        self._task, self._ended = -1, self._task
+        batch, index, needed = self.sampler.current, self._index, self.needs_stats
+        if batch is None:
+            return
+        if index >= min(self.sampler._handed, len(batch.shares)):
             raise RuntimeError(
-                f"there was a backward pass more than the {len(batch.shares)} micro-batches of the batch: call "
-                "backward once for each, with the sum of all losses, step where schedule.remaining is 0, and "
-                "checkpoint activations with use_reentrant=False"
+                f"backward pass {index + 1} of a batch of {len(batch.shares)} micro-batches, of which "
+                f"{self.sampler._handed} were drawn: call backward once for each micro-batch. A closure that an "
+                "optimizer evaluates several times, and checkpoint(..., use_reentrant=True) around all that is "
+                "trained, run more"
             )
-        if index == 0:
-            self._reads = self.needs_stats
-        self._batch, self._passes = batch, index + 1
-        if batch is not None and self._reads:
+        self._batch, self._passes, self._tested = batch, index + 1, needed
+        if needed:
             self._source.end_pass(batch, index)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -405,13 +436,16 @@ class AdaptiveBatchSize:
         if self.sampler.num_replicas > 1:
             device = self.params[0].device
             moved = tensor.to(device)
-            dist.all_reduce(moved)
+            dist.all_reduce(moved, group=self._group)
             if moved is not tensor:
                 tensor.copy_(moved)
         return tensor
 
-    def __reduce__(self) -> Any:
-        raise TypeError("AdaptiveBatchSize has hooks on its parameters and cannot be copied: use its state_dict")
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an AdaptiveBatchSize cannot be copied or pickled, as it is tied to its parameters by hooks: "
+            "use its state dict"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted and averaged; the sampler has a state of its own."""
@@ -421,11 +455,24 @@ class AdaptiveBatchSize:
         """Go on with what a state dict counted and averaged. Load the sampler's and the optimizer's as well.
 
         Raises:
-            ValueError: an entry is missing, or the averages are those of another test. Nothing has changed then.
+            ValueError: an entry is missing, out of range, or of another test. Nothing has changed then.
         """
         check_entries(state_dict, _STATE)
-        if len(state_dict["averages"]) not in (0, 2 if self.test == "augmented" else 1):
-            raise ValueError(f"averages must be those of the {self.test} test, got {state_dict['averages']!r}")
+        for name in ("samples", "steps", "tests", "skips"):
+            check_int(name, state_dict[name], 0, math.inf)
+        check_int("first_batch_size", state_dict["first_batch_size"], 1, math.inf)
+        for name in ("wanted", "noise_scale"):  # infinite or NaN where there was no finite one
+            if not isinstance(state_dict[name], float):
+                raise ValueError(f"{name} must be a float, got {state_dict[name]!r}")
+        check_number("lr_factor", state_dict["lr_factor"], 0.0, math.inf, "finite and > 0", above=True)
+        averages, parts = state_dict["averages"], 2 if self.test == "augmented" else 1
+        if not (
+            isinstance(averages, list)
+            and len(averages) in (0, parts)
+            and all(isinstance(pair, list) and len(pair) == 2 for pair in averages)
+            and all(isinstance(value, float) and value >= 0 for pair in averages for value in pair)
+        ):
+            raise ValueError(f"averages must be {parts} pairs of numbers >= 0 for test={self.test!r}, got {averages!r}")
         for name in _STATE:
             setattr(self, name, copy.deepcopy(state_dict[name]))
         self._source.clear()
@@ -450,17 +497,18 @@ class SamplesLR(LRScheduler):
         min_lr: :math:`\gamma_{\min}`, >= 0. Default 0.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind or out of range.
+        TypeError: the schedule is not an :class:`AdaptiveBatchSize`, or a number is none.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
         self, schedule: AdaptiveBatchSize, total_samples: float, warmup_samples: float = 0, min_lr: float = 0.0
     ) -> None:
-        if not isinstance(schedule, AdaptiveBatchSize):
-            raise TypeError(f"schedule must be an AdaptiveBatchSize, got {schedule!r}")
         check_number("warmup_samples", warmup_samples, 0.0, math.inf, "finite and >= 0")
         check_number("total_samples", total_samples, warmup_samples, math.inf, "> warmup_samples", above=True)
         check_number("min_lr", min_lr, 0.0, math.inf, "finite and >= 0")
+        if not isinstance(schedule, AdaptiveBatchSize):
+            raise TypeError(f"schedule must be the AdaptiveBatchSize that counts samples, got {schedule!r}")
         self.schedule = schedule
         self.total_samples, self.warmup_samples, self.min_lr = total_samples, warmup_samples, min_lr
         super().__init__(schedule.optimizer)
@@ -479,6 +527,12 @@ class SamplesLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer and the schedule."""
         return {name: value for name, value in super().state_dict().items() if name != "schedule"}
+
+
+def _forget(watched: dict[Tensor, Any], keep: Container[Tensor]) -> None:
+    """Remove the hooks of parameters that are not to be kept."""
+    for param in [param for param in watched if param not in keep]:
+        watched.pop(param).remove()
 
 
 def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -89,23 +89,32 @@ class PerSample:
 
     def __init__(self, schedule: AdaptiveBatchSize) -> None:
         self.schedule = weakref.proxy(schedule)
-        self.last: list[Any] = []  # what was read last
+        self.used: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id: what was there at the last step
 
     def end_pass(self, batch: Batch, index: int) -> None:
         """Nothing: they lie where they are until they are read."""
 
     def clear(self) -> None:
-        """Nothing: they belong to whoever wrote them."""
+        """Keep in mind what has been used; it belongs to whoever wrote it."""
+        every = [chunk for param in self.schedule.params for chunk in _chunks(param)]
+        self.used = {id(chunk): (weakref.ref(chunk), _version(chunk)) for chunk in every}
+
+    def check_new(self) -> None:
+        """Raise where a gradient of samples is that of the batch before."""
+        for i, param in enumerate(self.schedule.params):
+            for chunk in _chunks(param):
+                reference, version = self.used.get(id(chunk), (None, 0))
+                if reference is not None and reference() is chunk and version == _version(chunk):
+                    raise RuntimeError(
+                        f"grad_sample of params[{i}] is still that of the batch before: write the gradients of this "
+                        "batch's samples, and set p.grad_sample to None after each step"
+                    )
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Moments:
         schedule = self.schedule
+        self.check_new()
         samples = _grad_samples(schedule.params, sum(batch.shares))
-        written = [getattr(param, "grad_sample", None) for param in schedule.params]
-        now = [(weakref.ref(value), value._version) for value in written if isinstance(value, Tensor)]
-        if now and now == self.last:
-            raise RuntimeError("grad_sample is that of the batch before: write it anew for each batch, or clear it")
-        self.last = now
         sums, squares = sum_samples(samples)
         for total in (*sums, squares):
             schedule.all_reduce(total)
@@ -151,6 +160,8 @@ class MicroBatches:
             )
         if any(grad.is_sparse for grad in after.values()):
             raise RuntimeError("AdaptiveBatchSize reads no sparse gradients: set sparse=False in the embedding")
+        if index == 0:
+            self.clear()  # of a batch that was left in the middle
         last, norm_only = index + 1 == len(batch.shares), self.schedule.test == "norm"
         if index == 0:  # the memory of the last batch serves again
             self.before = {param: grad for param, grad in self.before.items() if param in after}
@@ -203,20 +214,31 @@ class Ranks:
 
     def __init__(self, schedule: AdaptiveBatchSize, model: DistributedDataParallel) -> None:
         self.schedule = weakref.proxy(schedule)
+        self.batch: Batch | None = None  # that the sums are of
+        self.params = {
+            param
+            for name, param in model.module.named_parameters()
+            if param.requires_grad and name not in model.parameters_to_ignore
+        }
+        if problem := self.compare():
+            raise ValueError(f"source='ddp' {problem}")
         self.clear()
         own = weakref.ref(self)
-        ranks = schedule.sampler.num_replicas
+        ranks, group = schedule.sampler.num_replicas, schedule._group
 
         def reduce(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
             buffer, source = bucket.buffer(), own()
             read = source is not None and source.schedule.needs_stats
             mine, before = buffer, None
             if source is not None and read:
+                if source.batch is not source.schedule.sampler.current:  # or one was left in the middle
+                    source.clear()
+                    source.batch = source.schedule.sampler.current
                 before = sum_of_products([mine], [mine])
                 if source.schedule.test != "norm":
                     mine = buffer.clone()  # freed when the bucket is reduced
                 source.calls += bucket.is_last()
-            future = dist.all_reduce(buffer.div_(ranks), async_op=True).get_future()
+            future = dist.all_reduce(buffer.div_(ranks), group=group, async_op=True).get_future()
 
             def after(done: torch.futures.Future[list[Tensor]]) -> Tensor:
                 reduced = done.value()[0]
@@ -231,6 +253,17 @@ class Ranks:
         reduce.__annotations__ = {}  # DDP compares them with classes, and these are strings
         model.register_comm_hook(None, reduce)
 
+    def compare(self) -> str:
+        """What is wrong where the optimizer's parameters are not those that DDP reduces."""
+        others = {*self.schedule.params} ^ self.params
+        if not others:
+            return ""
+        shapes = ", ".join(str(tuple(param.shape)) for param in list(others)[:3])
+        return (
+            "needs an optimizer of all trained parameters of model, and no others: DDP reduces whole buckets. "
+            f"{len(others)} are in one of them alone, of shapes {shapes}"
+        )
+
     def clear(self) -> None:
         self.sums: list[Tensor] = []  # of each bucket: |h|^2 of this rank, |mean|^2, <h, mean>
         self.calls = 0
@@ -240,6 +273,8 @@ class Ranks:
 
     def read(self, batch: Batch) -> Moments:
         schedule = self.schedule
+        if problem := self.compare():
+            raise RuntimeError(f"source='ddp' {problem}")
         if self.calls != 1:
             raise RuntimeError(
                 f"DDP reduced the gradient {self.calls} times for one batch; where schedule.remaining > 1, backward "
@@ -347,12 +382,22 @@ def _inner_product(left: dict[Tensor, Tensor], right: dict[Tensor, Tensor]) -> T
     return sum_of_products(grads, grads if left is right else [right[param] for param in both])
 
 
+def _chunks(param: Tensor) -> list[Tensor]:
+    """What lies in ``p.grad_sample``."""
+    value: Any = getattr(param, "grad_sample", None)
+    return [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _grad_samples(params: list[Tensor], count: int) -> list[list[Tensor]]:
     """The gradients of single samples of each parameter that has a gradient, as matrices with a row for each."""
     found = []
     for i, param in enumerate(params):
-        value: Any = getattr(param, "grad_sample", None)
-        if value is None:
+        chunks = [_real(chunk.detach()) for chunk in _chunks(param)]
+        if not chunks:
             if param.grad is None:
                 continue
             raise RuntimeError(
@@ -361,7 +406,6 @@ def _grad_samples(params: list[Tensor], count: int) -> list[list[Tensor]]:
                 "or more, and add up the gradients of its micro-batches; or give the schedule the "
                 "DistributedDataParallel model"
             )
-        chunks = [_real(chunk.detach()) for chunk in (value if isinstance(value, list | tuple) else [value])]
         rows = sum(len(chunk) for chunk in chunks)
         if rows != count:
             raise RuntimeError(

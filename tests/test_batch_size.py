@@ -333,9 +333,11 @@ def test_gradients_add_up_to_the_mean_of_the_batch_where_micro_batches_are_unequ
             break
     assert [len(inputs) for inputs, _ in seen] == [6, 5, 5]
     found = [param.grad.clone() for param in model.parameters()]
-    loss = nn.functional.mse_loss(model(torch.cat([x for x, _ in seen])), torch.cat([y for _, y in seen]))
-    for left, right in zip(found, torch.autograd.grad(loss, list(model.parameters())), strict=True):
-        torch.testing.assert_close(left, right)
+    model = copy.deepcopy(model)
+    model.zero_grad()
+    nn.functional.mse_loss(model(torch.cat([x for x, _ in seen])), torch.cat([y for _, y in seen])).backward()
+    for left, right in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(left, right.grad)
 
 
 def test_clipping_does_not_change_the_statistics():
@@ -833,98 +835,128 @@ def test_no_variance_where_the_batch_is_one_sample_is_no_test():
     assert schedule.sampler.batch_size == 2
 
 
-def test_a_pass_too_many_is_an_error_at_once():
-    model, _, schedule, loader = task(micro=8, batch_size=16)
-    inputs, targets = next(iter(loader))
-    for _ in range(2):
-        nn.functional.mse_loss(model(inputs), targets).backward()
-    with pytest.raises(RuntimeError, match="a backward pass more than the 2 micro-batches"):
-        nn.functional.mse_loss(model(inputs), targets).backward()
-    assert schedule.remaining == 0
+def passes_of(schedule, param, backward):
+    """How many micro-batches remain after each of the batch, whose gradients ``backward`` leaves."""
+    found = []
+    for _ in range(schedule.accumulation_steps):
+        next(schedule.batches)
+        backward(schedule.weight * param.sum())
+        found.append(schedule.remaining)
+    return found
 
 
-def test_a_reentrant_checkpoint_within_a_pass_is_not_a_pass():
-    torch.manual_seed(0)
-    first, middle, last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
-    model = nn.Sequential(first, middle, last)
-    data = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
-    sampler = AdaptiveBatchSampler(data, batch_size=16, max_micro_batch_size=4)
-    schedule = AdaptiveBatchSize(torch.optim.SGD(model.parameters(), 0.1), sampler, eta=0.5)
-    counts = []
-    for inputs, targets in DataLoader(data, batch_sampler=sampler):
-        hidden = torch.utils.checkpoint.checkpoint(middle, first(inputs), use_reentrant=True)
-        (schedule.weight * nn.functional.mse_loss(last(hidden), targets)).backward()
-        counts.append(schedule.remaining)
-        if schedule.remaining == 0:
-            break
-    assert counts == [3, 2, 1, 0]
+class Nested(torch.autograd.Function):
+    """A backward pass within the backward pass, as in a reentrant checkpoint."""
+
+    @staticmethod
+    def forward(ctx, x, param):
+        ctx.save_for_backward(x, param)
+        return x * param.detach().sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, param = ctx.saved_tensors
+        with torch.enable_grad():
+            (x.detach() * param.sum()).backward(gradient)
+        return gradient * param.detach().sum(), None
 
 
-def test_a_pass_that_breaks_off_does_not_end_the_counting():
-    model, _, schedule, loader = task(micro=8, batch_size=16)
-    (inputs, targets), *_ = loader
-    handle = model[0].weight.register_hook(lambda grad: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        nn.functional.mse_loss(model(inputs), targets).backward()
-    handle.remove()
-    before = schedule.remaining
-    nn.functional.mse_loss(model(inputs), targets).backward()
-    assert schedule.remaining == before - 1
+def test_a_pass_within_a_pass_is_not_counted():
+    inner, outer = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(()))
+    schedule = schedule_of([inner, outer], 3, micro=1)
+    last = nn.Parameter(torch.ones(()))
+    schedule.optimizer.add_param_group({"params": last})
+    schedule._watch()
+    found = passes_of(schedule, inner, lambda loss: (last * Nested.apply(outer * loss.detach(), inner)).backward())
+    assert found == [2, 1, 0]
+    schedule.step()
+
+
+def test_more_passes_than_micro_batches_are_named():
+    param = nn.Parameter(torch.ones(3))
+    schedule = schedule_of([param], 3, micro=1)
+    next(schedule.batches)
+    loss = param.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward pass 2 of a batch of 3 micro-batches, of which 1 were drawn"):
+        loss.backward()
+    assert schedule.remaining == 2
 
 
 def test_a_rate_that_groups_share_is_multiplied_once():
-    data = TensorDataset(torch.randn(64, 4))
-    sampler = AdaptiveBatchSampler(data, batch_size=8)
-    params = [nn.Parameter(torch.ones(4)) for _ in range(2)]
-    lr = torch.tensor(0.1)
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in params], lr=lr, foreach=False)
-    schedule = AdaptiveBatchSize(optimizer, sampler, lr_coupling="linear")
-    sampler.batch_size = 32
-    schedule._couple()
-    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.4, 0.4])
-
-
-def test_the_size_may_be_set_to_the_maximum_and_back_within_a_batch():
-    model, _, schedule, loader = task(micro=4, batch_size=16)
-    sampler = schedule.sampler
-    for inputs, targets in loader:
-        sampler.batch_size = sampler.max_batch_size if schedule.remaining == 3 else 16
-        (schedule.weight * nn.functional.mse_loss(model(inputs), targets)).backward()
-        if schedule.remaining == 0:
-            schedule.step()
-            break
-    assert (schedule.steps, schedule.tests + schedule.skips) == (1, 1)
+    params = parameters(6)
+    schedule = schedule_of(params[:1], 4, max_growth=4, lr_coupling="linear", eta=0.01)
+    rate = schedule.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    schedule.optimizer.add_param_group({"params": params[1:], "lr": rate})
+    step_with(schedule, noisy(0, 4, 6, noise=100))
+    assert float(rate) == pytest.approx(0.4)
 
 
 def test_gradients_of_the_batch_before_are_refused():
-    data = TensorDataset(torch.randn(64, 4))
-    sampler = AdaptiveBatchSampler(data, batch_size=8)
-    param = nn.Parameter(torch.ones(4))
-    schedule = AdaptiveBatchSize(torch.optim.SGD([param], 0.1), sampler, eta=10.0)
-    batches = iter(DataLoader(data, batch_sampler=sampler))
-    (inputs,) = next(batches)
-    param.grad_sample, param.grad = inputs.clone(), inputs.mean(0)
+    (param,) = parameters(6)[:1]
+    schedule = schedule_of([param], 4)
+    next(schedule.batches)
+    param.grad_sample = torch.randn(4, 2, 3, dtype=torch.float64) * 1e-3 + 1
     schedule.step()
-    next(batches)
-    with pytest.raises(RuntimeError, match="grad_sample is that of the batch before"):
+    next(schedule.batches)
+    with pytest.raises(RuntimeError, match=r"grad_sample of params\[0\] is still that of the batch before"):
         schedule.step()
-    assert schedule.steps == 1
+    param.grad_sample.add_(1e-3)
+    schedule.step()
+    assert schedule.steps == 2
 
 
-def test_settings_and_states_of_another_kind_are_named():
-    data = TensorDataset(torch.randn(64, 4))
-    sampler = AdaptiveBatchSampler(data, batch_size=8)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(4))], 0.1)
-    with pytest.raises(TypeError, match="quantile must be a number"):
-        AdaptiveBatchSize(optimizer, sampler, quantile="a")
-    with pytest.raises(TypeError, match="max_growth must be a number"):
-        AdaptiveBatchSize(optimizer, sampler, max_growth=None)
-    with pytest.raises(TypeError, match="schedule must be an AdaptiveBatchSize"):
-        SamplesLR(optimizer, 100)
-    schedule = AdaptiveBatchSize(optimizer, sampler, test="augmented")
-    with pytest.raises(TypeError, match="use its state_dict"):
-        copy.deepcopy(schedule)
-    state = {**AdaptiveBatchSize(optimizer, sampler).state_dict(), "averages": [[1.0, 1.0]], "steps": 7}
-    with pytest.raises(ValueError, match="averages must be those of the augmented test"):
-        schedule.load_state_dict(state)
-    assert schedule.steps == 0
+def test_micro_batches_without_backward_passes_are_refused():
+    (param,) = parameters(6)[:1]
+    schedule = schedule_of([param], 4, micro=2, source="per_sample", test_interval=9)
+    next(schedule.batches)
+    with pytest.raises(RuntimeError, match="no backward pass was seen"):
+        schedule.step()
+
+
+def test_a_size_set_by_hand_within_a_batch_leaves_its_test():
+    param = nn.Parameter(torch.ones(3))
+    for first, then in ((9000, 4), (4, 9000)):
+        schedule = schedule_of([param], 4, micro=1)
+        for i, size in enumerate((4, first, then, 4)):
+            next(schedule.batches)
+            schedule.sampler.batch_size = size
+            (schedule.weight * (i + 1) * param.sum()).backward()
+        schedule.step()
+        assert schedule.tests == 1
+        param.grad = None
+
+
+def test_thresholds_of_any_size():
+    assert wanted(noisy(0, 4), "norm", eta=1e160) == 0
+    for wrong in (dict(quantile="a"), dict(max_growth=None)):
+        with pytest.raises(TypeError, match="must be a number"):
+            schedule_of(parameters(6), 4, **wrong)
+    with pytest.raises(TypeError, match="schedule must be the AdaptiveBatchSize"):
+        SamplesLR(torch.optim.SGD(parameters(6), lr=0.1), 100)
+
+
+def test_hooks_go_with_the_schedule_and_with_the_parameters():
+    params = parameters(6)
+    schedule = schedule_of(params[:1], 4)
+    schedule.optimizer.add_param_group({"params": params[1:]})
+    schedule._watch()
+    schedule.optimizer.param_groups.pop()
+    schedule._watch()
+    assert [len(param._post_accumulate_grad_hooks) for param in params] == [1, 0]
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copied(schedule)
+    del schedule
+    assert not params[0]._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize(
+    "entry", [dict(averages=[[1.0, 1.0]]), dict(averages=None), dict(steps=-1), dict(lr_factor=0.0), dict(wanted="a")]
+)
+def test_a_state_of_another_test_or_out_of_range_changes_nothing(entry):
+    schedule = schedule_of(parameters(6), 4, "augmented")
+    before = schedule.state_dict()
+    with pytest.raises(ValueError, match=f"{next(iter(entry))} must be"):
+        schedule.load_state_dict({**before, "samples": 5, **entry})
+    assert repr(schedule.state_dict()) == repr(before)

@@ -157,6 +157,16 @@ def refusals() -> None:
     lonely = AdaptiveBatchSampler(DATA, 16, num_replicas=1, rank=0)
     with pytest.raises(ValueError, match=r"source='ddp' needs two ranks or more.*num_replicas=1"):
         AdaptiveBatchSize(optimizer, lonely, model=ddp)
+    part = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="source='ddp' needs an optimizer of all trained parameters of model"):
+        AdaptiveBatchSize(part, sampler, model=ddp)
+    alone = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()]
+    with pytest.raises(ValueError, match="the process group of model has 1 ranks, the sampler has num_replicas=2"):
+        AdaptiveBatchSize(optimizer, sampler, model=DistributedDataParallel(build(), process_group=alone))
+    torch.manual_seed(dist.get_rank())
+    apart = AdaptiveBatchSampler(DATA, 16, num_replicas=2, rank=0)
+    with pytest.raises(ValueError, match=r"have seeds .* and rank=\[0, 0\]"):
+        AdaptiveBatchSize(optimizer, apart, model=ddp)
     schedule = AdaptiveBatchSize(optimizer, sampler, model=ddp)
     assert schedule.source == "ddp"
     for rows in sampler:
