@@ -49,8 +49,8 @@ class Hessian:
         params: the tensors to differentiate by, float32 or float64, which must not change while the operator is used.
         module: its buffers are put back after each call of a closure, so that BatchNorm's running statistics are those
             of training alone.
-        process_group: average losses, gradients and products over the micro-batches of its processes. A ``DistributedDataParallel`` model
-            must be called through ``model.module``.
+        process_group: average losses, gradients and products over the micro-batches of its processes. A
+            ``DistributedDataParallel`` model must be called through ``model.module``.
 
     Raises:
         TypeError, ValueError: parameters that are not dense float32 or float64 tensors of one device, or a loss that is

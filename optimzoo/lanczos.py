@@ -92,8 +92,8 @@ class LanczosLR(LRScheduler):
         first_lr: the rate until the first look, and what it may grow from. Default 0.01, with ``betas`` 0.001.
         min_lr, max_lr: bounds of the learnt rate. Default: none.
         schedule: function of the number of steps whose value multiplies the learnt rate. Default ``None``.
-        tol: a look ends when the error bound of the largest value is below this share of it, which takes 3 to 7
-            products; ``mu`` is then coarse. Default 0.1.
+        tol: a look ends when the largest value is known to this share of it, as :func:`optimzoo.curvature.lanczos`
+            says; ``mu`` is then coarse. Default 0.1.
         per_group: look at each parameter group's own block of the Hessian. Default ``False``.
         seed: of the random starts. Default 0.
         module, process_group: as for :class:`optimzoo.curvature.Hessian`.

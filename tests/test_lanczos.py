@@ -440,6 +440,34 @@ def test_the_groups_rate_multiplies_and_other_schedulers_compose():
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
 
 
+SCHEDULERS = {
+    "StepLR": dict(step_size=3),
+    "LinearLR": dict(start_factor=0.5, total_iters=4),
+    "ConstantLR": dict(factor=0.5, total_iters=3),
+    "PolynomialLR": dict(total_iters=5),
+    "CosineAnnealingLR": dict(T_max=8),
+}
+
+
+@pytest.mark.parametrize("learner_first", [True, False])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_torchs_schedulers_that_multiply_run_beside_it(name, learner_first):
+    problem, alone = Quadratic([2.0, 1.0]), Quadratic([2.0, 1.0])
+    make = getattr(torch.optim.lr_scheduler, name)
+    if learner_first:
+        scheduler = learner(problem)
+    other, expected = make(problem.optimizer, **SCHEDULERS[name]), make(alone.optimizer, **SCHEDULERS[name])
+    if not learner_first:
+        scheduler = learner(problem)
+    for _ in range(8):
+        problem.optimizer.step()
+        alone.optimizer.step()
+        scheduler.step(problem.loss)
+        other.step()
+        expected.step()
+        assert problem.group["lr"] == pytest.approx(scheduler.learnt[0] * alone.group["lr"], rel=1e-9, abs=1e-12)
+
+
 def test_each_group_has_its_own_block_on_request():
     x, y = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     frozen = torch.ones(2, dtype=torch.float64)
@@ -701,7 +729,7 @@ def test_wrong_parameters_groups_and_states_are_named():
     with pytest.raises(ValueError, match="state_dict must be of 2 parameter groups, got 1"):
         LanczosLR(torch.optim.SGD(two, lr=1.0)).load_state_dict(state)
     problem.optimizer.add_param_group({"params": [torch.ones(2, dtype=torch.float64, requires_grad=True)], "lr": 1.0})
-    with pytest.raises(RuntimeError, match="groups were added.*set each group's lr"):
+    with pytest.raises(RuntimeError, match=r"groups were added.*set each group's lr"):
         scheduler.step()
     problem.group["lr"] = 1.0
     scheduler = learner(problem)
