@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         f"\n\n{source('bench.lanczos', arguments)}"
     )
     if args.plots:
+        args.plots.mkdir(parents=True, exist_ok=True)
         spectra = {
             name: quadrature(hessian("digits-mlp", model, data), *((12, 1) if args.quick else (60, 4)))
             for name, model in (("before training", before), ("after training", after))
