@@ -26,7 +26,7 @@ struct Multiplicative {
   }
 
   // Whether a coordinate takes part in the step: what is not finite is not written.
-  OZ_FN bool steps(T move) const { return form == 0 || move - move == 0; }
+  OZ_FN bool steps(T move) const { return form == 0 || finite(move); }
 };
 
 // Exponentiated gradient (Kivinen and Warmuth, 1997; Cornford et al., 2024).
