@@ -593,7 +593,8 @@ class Elementwise(Tensorwise):
         foreach: update all parameters by a few calls over lists. ``None``, the default, does so where nothing is fused.
         fused: update all parameters by one native call that makes no temporaries. ``None``, the default, does so
             where there is a native library for the device and the tensors fit: not sparse, without gaps or overlap
-            in memory, a gradient of the parameter's strides. ``True`` makes it an error if that cannot be.
+            in memory, a gradient of the parameter's strides, not complex within ``torch.compile``. ``True`` makes it an
+            error if that cannot be.
         state_dtype: ``torch.bfloat16`` keeps the state in half the memory of float32, of float32, bfloat16 and float16
             parameters, by stochastic rounding. Default ``None``: float32, or float64 for float64 parameters.
         rounding: what becomes of the bits that a 16-bit parameter cannot hold. ``"nearest"``, the default and what

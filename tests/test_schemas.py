@@ -165,6 +165,16 @@ def test_wrong_arguments_raise_and_write_nothing(name, data):
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in TAKE_ANYTHING])
+def test_memory_that_was_given_back_is_found_wherever_it_is(name):
+    for number in range(len(tensors(RIGHT[name]()))):
+        args = RIGHT[name]()
+        victim = tensors(args)[number]
+        if victim.numel() > 0:
+            _emptied(victim)
+            assert not outcome(OPS[name], args)
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name not in TAKE_ANYTHING])
 @settings(max_examples=60)
 @given(data=st.data())
 def test_odd_arguments_are_right_or_raise(name, data):
