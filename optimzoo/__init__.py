@@ -9,6 +9,7 @@ from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
 from optimzoo.lanczos import LanczosLR
+from optimzoo.poisson import PoissonSampler, poisson_collate
 from optimzoo.sso import SSO, TargetSurrogate
 from optimzoo.stability import max_learning_rate
 from optimzoo.tpsgd import TPSGD
@@ -27,11 +28,13 @@ __all__ = [
     "DiffGrad",
     "GeometricBrownian",
     "LanczosLR",
+    "PoissonSampler",
     "SamplesLR",
     "TargetSurrogate",
     "dale_columns_",
     "dale_groups",
     "lognormal_",
     "max_learning_rate",
+    "poisson_collate",
 ]
 __version__ = "0.1.0"

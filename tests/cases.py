@@ -119,6 +119,8 @@ ELSEWHERE: dict[str, str] = {
     "LanczosLR": "test_lanczos.py: a scheduler",
     "max_learning_rate": "test_lanczos.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
+    "PoissonSampler": "test_poisson.py",
+    "poisson_collate": "test_poisson.py",
     "dale_columns_": "test_dale.py",
     "dale_groups": "test_dale.py",
     "lognormal_": "test_dale.py",
