@@ -9,6 +9,7 @@ from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
 from optimzoo.lanczos import LanczosLR
+from optimzoo.per_sample import PerSampleGradients
 from optimzoo.sso import SSO, TargetSurrogate
 from optimzoo.stability import max_learning_rate
 from optimzoo.tpsgd import TPSGD
@@ -27,6 +28,7 @@ __all__ = [
     "DiffGrad",
     "GeometricBrownian",
     "LanczosLR",
+    "PerSampleGradients",
     "SamplesLR",
     "TargetSurrogate",
     "dale_columns_",
