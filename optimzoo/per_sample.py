@@ -482,13 +482,6 @@ class _Layer:
                 part, key, param = held[name]
                 part._parameters[key] = param
 
-    def watch(self, output: Tensor, take: Callable[[Tensor], None]) -> Tensor:
-        """The output, whose gradient is given to ``take`` in backward."""
-        if output.requires_grad:
-            output.register_hook(take)  # type: ignore[no-untyped-call]  # in torch 2.14
-            return output
-        return cast(Tensor, _Watched.apply(output, self.engine._anchor, take))
-
     def record(self, output: Tensor, inputs: Tensor, samples: Callable[[Tensor, Tensor], _Found]) -> Tensor:
         """The output; in backward, ``samples`` makes gradients of parameters from the inputs and its gradient."""
         inputs, version = inputs.detach(), inputs._version
@@ -500,22 +493,26 @@ class _Layer:
                 self.engine._begin()
                 self.engine._add(self, samples(inputs, grad))
 
-        return self.watch(output, take)
+        return cast(Tensor, _Watched.apply(output, self.engine._anchor, take))
 
 
 class _Watched(torch.autograd.Function):
-    """Makes what needs no gradient ask for one."""
+    """A layer's output, whose gradient is shown to somebody in backward; ``anchor`` makes it ask for one.
+
+    A hook on the output does not do: it is lost where the output is a view, as that of a linear layer with many
+    positions is, and is changed in place. What is returned here is no view for autograd. That it may be changed in place
+    unnoticed is no matter: the layers save no outputs for backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, take: Callable[[Tensor], None]) -> Tensor:
         ctx.take = take
-        ctx.mark_dirty(output)  # it stays what it is, and may be changed in place
-        return output
+        return output.data
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         ctx.take(grad)
-        return None, None, None
+        return grad if ctx.needs_input_grad[0] else None, None, None
 
 
 def _find_layers(engine: PerSampleGradients, model: nn.Module) -> Iterator[_Layer]:
@@ -783,9 +780,8 @@ def _whole(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = _Call(layer, layer.trained, inputs, structure, {})
     for index, value in enumerate(outputs):
         if isinstance(value, Tensor) and value.is_floating_point():
-            outputs[index] = layer.watch(
-                value if value.requires_grad else value.clone(), functools.partial(call.take, index)
-            )
+            take = functools.partial(call.take, index)
+            outputs[index] = _Watched.apply(value.clone(), layer.engine._anchor, take)
     return pytree.tree_unflatten(outputs, form)
 
 

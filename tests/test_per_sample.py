@@ -1,14 +1,12 @@
 """Samples' gradients of every kind of layer are those that torch.func computes, and so are their norms and sums."""
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
-from optimzoo import PerSampleGradients, per_sample
+from optimzoo import PerSampleGradients
 from optimzoo.per_sample import FactoredSamples, norms, square_norms, weighted_sums
 
 
@@ -91,6 +89,7 @@ MODELS = {
     "linear-positions": (lambda: nn.Linear(30, 20), (3, 30)),
     "linear-many-positions": (lambda: nn.Linear(6, 5), (4, 9, 6)),
     "linear-no-bias": (lambda: nn.Linear(30, 20, bias=False), (2, 3, 30)),
+    "linear-changed-in-place": (lambda: nn.Sequential(nn.Linear(9, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)), (3, 9)),
     "mlp": (lambda: nn.Sequential(nn.Linear(20, 30), nn.ReLU(inplace=True), nn.Linear(30, 10)), (20,)),
     "conv1d": (lambda: nn.Conv1d(6, 9, 3, stride=2, padding=2, dilation=2, padding_mode="circular"), (6, 11)),
     "conv1d-few": (lambda: nn.Conv1d(30, 40, 3, padding="same"), (30, 4)),
@@ -135,13 +134,14 @@ def case(name, dtype, n=N):
 
 
 def reference(model, inputs, weights):
-    params = dict(model.named_parameters())
+    """The gradients of the samples' losses, each from a pass of its own."""
     model = copy.deepcopy(model)
-
-    def loss(params, x, weight):
-        return (functional_call(model, params, x[None])[0].sin() * weight).sum()
-
-    return vmap(grad(loss), in_dims=(None, 0, 0))({n: p.detach() for n, p in params.items()}, inputs, weights)
+    rows = []
+    for x, weight in zip(inputs, weights, strict=True):
+        rows.append(torch.autograd.grad((model(x[None])[0].sin() * weight).sum(), [*model.parameters()]))
+    return {
+        name: torch.stack(row) for (name, _), row in zip(model.named_parameters(), zip(*rows, strict=True), strict=True)
+    }
 
 
 def backward(model, inputs, weights, reduction="sum"):
