@@ -9,6 +9,7 @@ from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
 from optimzoo.lanczos import LanczosLR
+from optimzoo.per_sample import PerSampleGradients
 from optimzoo.poisson import PoissonSampler, poisson_collate
 from optimzoo.sso import SSO, TargetSurrogate
 from optimzoo.stability import max_learning_rate
@@ -28,6 +29,7 @@ __all__ = [
     "DiffGrad",
     "GeometricBrownian",
     "LanczosLR",
+    "PerSampleGradients",
     "PoissonSampler",
     "SamplesLR",
     "TargetSurrogate",

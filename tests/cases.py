@@ -118,6 +118,7 @@ ELSEWHERE: dict[str, str] = {
     "TargetSurrogate": "test_sso.py",
     "LanczosLR": "test_lanczos.py: a scheduler",
     "max_learning_rate": "test_lanczos.py",
+    "PerSampleGradients": "test_per_sample.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
     "PoissonSampler": "test_poisson.py",
     "poisson_collate": "test_poisson.py",
