@@ -6,6 +6,7 @@ from optimzoo.batch_sampler import AdaptiveBatchSampler
 from optimzoo.batch_size import AdaptiveBatchSize, SamplesLR
 from optimzoo.cbo import CBO
 from optimzoo.dale import DaleAdamW, DaleLangevin, DaleSGD, dale_columns_, dale_groups, lognormal_
+from optimzoo.dicesgd import DPSGD, DiceSGD
 from optimzoo.diffgrad import DiffGrad
 from optimzoo.diffusion import GeometricBrownian
 from optimzoo.lanczos import LanczosLR
@@ -17,6 +18,7 @@ from optimzoo.tpsgd import TPSGD
 
 __all__ = [
     "CBO",
+    "DPSGD",
     "SSO",
     "TPSGD",
     "AdaBelief",
@@ -26,6 +28,7 @@ __all__ = [
     "DaleAdamW",
     "DaleLangevin",
     "DaleSGD",
+    "DiceSGD",
     "DiffGrad",
     "GeometricBrownian",
     "LanczosLR",

@@ -111,6 +111,8 @@ ELSEWHERE: dict[str, str] = {
     "AdaptiveBatchSampler": "test_batch_size_sampler.py",
     "AdaptiveBatchSize": "test_batch_size.py",
     "SamplesLR": "test_batch_size.py",
+    "DPSGD": "test_dicesgd.py: its gradients come from those of single samples",
+    "DiceSGD": "test_dicesgd.py: its gradients come from those of single samples",
     "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
     "TPSGD": "test_tpsgd.py: its gradients come from the model's forward pass",
