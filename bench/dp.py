@@ -29,7 +29,7 @@ Step = Callable[[], Any]
 Batch = tuple[Tensor, Tensor]
 
 BOUND, NOISE, LR = 1.0, 1.0, 1e-3
-VOCABULARY, LENGTH, WIDTH = 1000, 64, 128
+VOCABULARY, LENGTH = 1000, 64
 
 
 class Block(nn.Module):
@@ -53,11 +53,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A small language model."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embed, self.place = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(Block(WIDTH, 4), Block(WIDTH, 4))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.embed, self.place = nn.Embedding(VOCABULARY, width), nn.Embedding(LENGTH, width)
+        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY)
 
     def forward(self, x: Tensor) -> Tensor:
         # The positions are the same for all samples; the peers, too, want them once for each.
@@ -92,7 +92,8 @@ def texts(n: int) -> Batch:
 TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
     "MLP": (mlp, images(784)),
     "ConvNet": (convnet, images(3, 32, 32)),
-    "transformer": (Transformer, texts),
+    "transformer": (lambda: Transformer(256), texts),
+    "narrow-transformer": (lambda: Transformer(128), texts),
 }
 
 
@@ -263,11 +264,11 @@ def main(argv: list[str] | None = None) -> int:
                     f"{peaks[title] / peaks[BASELINE]:.2f}",
                 ]
             )
+    threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
     text = (
-        table(head, lines)
-        + f"\n\nTimes and peaks over those of the first row of each network and batch, in turns, medians of {rounds} rounds, "
-        f"{args.threads} thread{'s' * (args.threads > 1)}; ms are of the processor. Float32; Opacus {version('opacus')}. "
-        f"{source('bench.dp', sys.argv[1:] if argv is None else argv)}\n"
+        f"{table(head, lines)}\n\nTimes and peaks over those of the first row of each network and batch, medians of {rounds}"
+        f" interleaved rounds, {threads}; ms are of the processor. Float32; Opacus {version('opacus')}."
+        f" {source('bench.dp', sys.argv[1:] if argv is None else argv)}\n"
     )
     if args.md:
         (Path(__file__).parents[1] / "docs/results/dp-speed.md").write_text(text, encoding="utf-8")
