@@ -500,8 +500,8 @@ class _Watched(torch.autograd.Function):
     """A layer's output, whose gradient is shown to somebody in backward; ``anchor`` makes it ask for one.
 
     A hook on the output does not do: it is lost where the output is a view, as that of a linear layer with many
-    positions is, and is changed in place. What is returned here is no view for autograd. That it may be changed in place
-    unnoticed is no matter: the layers save no outputs for backward.
+    positions is, and is changed in place. What is returned here is no view for autograd. That it may be changed in
+    place unnoticed is no matter: the layers save no outputs for backward.
     """
 
     @staticmethod

@@ -111,6 +111,8 @@ ELSEWHERE: dict[str, str] = {
     "AdaptiveBatchSampler": "test_batch_size_sampler.py",
     "AdaptiveBatchSize": "test_batch_size.py",
     "SamplesLR": "test_batch_size.py",
+    "DPSGD": "test_dicesgd.py: its gradients come from those of single samples",
+    "DiceSGD": "test_dicesgd.py: its gradients come from those of single samples",
     "CBO": "test_cbo.py: its step takes a closure and no gradient",
     "GeometricBrownian": "test_diffusion.py",
     "TPSGD": "test_tpsgd.py: its gradients come from the model's forward pass",
@@ -120,6 +122,8 @@ ELSEWHERE: dict[str, str] = {
     "max_learning_rate": "test_lanczos.py",
     "PerSampleGradients": "test_per_sample.py",
     "AdaGradNorm": "test_adagrad.py",  # its state is one number that depends on all gradients
+    "PoissonSampler": "test_poisson.py",
+    "poisson_collate": "test_poisson.py",
     "dale_columns_": "test_dale.py",
     "dale_groups": "test_dale.py",
     "lognormal_": "test_dale.py",
