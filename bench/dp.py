@@ -266,8 +266,8 @@ def main(argv: list[str] | None = None) -> int:
             )
     threads = "1 thread" if args.threads == 1 else f"{args.threads} threads"
     text = (
-        f"{table(head, lines)}\n\nTimes and peaks over those of the first row of each network and batch, medians of {rounds}"
-        f" interleaved rounds, {threads}; ms are of the processor. Float32; Opacus {version('opacus')}."
+        f"{table(head, lines)}\n\nTimes and peaks over those of the first row of each network and batch, medians of"
+        f" {rounds} interleaved rounds, {threads}; ms are of the processor. Float32; Opacus {version('opacus')}."
         f" {source('bench.dp', sys.argv[1:] if argv is None else argv)}\n"
     )
     if args.md:

@@ -52,8 +52,8 @@ class _Factors:
         """The squared norm of each gradient, and the square of what the norms of its products add up to."""
         raise NotImplementedError
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        """The weighted sum of the gradients."""
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        """Add the weighted sum of the gradients."""
         raise NotImplementedError
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
@@ -79,8 +79,8 @@ class _Products(_Factors):
         squares = _square_norms([self.left]) * _square_norms([self.right])
         return squares, squares
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        return (_times(self.left, weights).flatten(0, 1).T @ self.right.flatten(0, 1)).view(shape)
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        total.addmm_(_times(self.left, weights).flatten(0, 1).T, self.right.flatten(0, 1))
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
         return (self.left.mT @ self.right).view(len(self.left), *shape)
@@ -102,8 +102,8 @@ class _Rows(_Factors):
         left = other.left.gather(2, self.left[:, None, :].expand(-1, other.positions, -1))
         return _inner_products([left], [other.right @ self.right.mT])
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        return _add_rows(self.left, _times(self.right, weights), shape[0])
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        total += _add_rows(self.left, _times(self.right, weights), len(total))
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
         n = len(self.left)
@@ -142,8 +142,8 @@ class _Patches(_Factors):
             patches += pixels[(slice(None), slice(None), *window, *window)]
         return _pair_up(left.mT @ left, patches.view(*pixels.shape[:2], self.positions, self.positions))
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        return self._gradient(_times(self.left, weights), self.right, shape, self.groups)
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        total += self._gradient(_times(self.left, weights), self.right, total.shape, self.groups)
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
         n = len(self.left)
@@ -232,7 +232,7 @@ class FactoredSamples:
                 for chunk in _slices(weights.shape[1], part.size):
                     own = _pick(part, chunk, self.dtype)
                     for total, row in zip(sums, weights[:, chunk], strict=True):
-                        total += own.sum(row, self._param_shape)
+                        own.add_to(total, row)
             return sums
 
     def to_tensor(self) -> Tensor:
