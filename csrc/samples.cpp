@@ -191,41 +191,48 @@ void compare_gradients(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
-// squares[r] = the squared norm of row r of all samples.
-void sample_squares(StableIValue* stack, uint64_t, uint64_t) {
+// products[r] = the inner product of row r of all tensors on the left with that on the right, or with itself where
+// there is nothing on the right.
+void sample_products(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
-  const List samples = take_list(stack[0]);
-  const Handle out(to<AtenTensorHandle>(stack[1]));
+  const List left = take_list(stack[0]), other = take_list(stack[1]);
+  const List& right = other.empty() ? left : other;
+  const Handle out(to<AtenTensorHandle>(stack[2]));
   const Facts result(out.get());
-  if (!readable(result, true)) fail("squares must be float64 numbers on the CPU");
+  if (!readable(result, true)) fail("products must be float64 numbers on the CPU");
+  if (left.size() != right.size()) fail("right holds ", right.size(), " tensors, left ", left.size());
   const int64_t rows = result.numel;
   struct Columns {
-    const char* data;
+    const char *left, *right;
     int64_t stride, count;
     Dtype dtype;
   };
   std::vector<Columns> parts;
   int64_t total = 0;
-  for (size_t i = 0; i < samples.size(); ++i) {
-    const Facts a(samples[i].get());
-    if (!readable(a, false) || a.dim < 1 || a.sizes[0] != rows)
-      fail("samples[", i, "] must be contiguous on the CPU, with a row for each of the ", rows, " squares");
+  for (size_t i = 0; i < left.size(); ++i) {
+    const Facts a(left[i].get()), b(right[i].get());
+    if (!readable(a, false) || !readable(b, false) || a.dtype != b.dtype || a.dim < 1 || a.sizes[0] != rows ||
+        !a.same_shape(b))
+      fail("left[", i, "] and right[", i, "] must be contiguous on the CPU, of one dtype, with a row for each of the ",
+           rows, " products");
     const int64_t columns = rows == 0 ? 0 : a.numel / rows;
     for (int64_t begin = 0; begin < columns; begin += piece_size)
-      parts.push_back({at(a, begin), columns, std::min(piece_size, columns - begin), a.dtype});
+      parts.push_back({at(a, begin), at(b, begin), columns, std::min(piece_size, columns - begin), a.dtype});
     total += a.numel;
   }
   std::vector<double> sums(parts.size() * rows);
   in_parallel(static_cast<int64_t>(sums.size()), total, [&](int64_t i) {
     const Columns& part = parts[i / rows];
+    const int64_t skip = i % rows * part.stride;
     with_dtype(part.dtype, [&](auto value) {
-      const auto* row = reinterpret_cast<const decltype(value)*>(part.data) + i % rows * part.stride;
-      sums[i] = inner_product(row, row, part.count);
+      using P = decltype(value);
+      sums[i] = inner_product(reinterpret_cast<const P*>(part.left) + skip,
+                              reinterpret_cast<const P*>(part.right) + skip, part.count);
     });
   });
-  double* squares = static_cast<double*>(result.data);
-  std::fill(squares, squares + rows, 0.0);
-  for (size_t i = 0; i < sums.size(); ++i) squares[i % rows] += sums[i];
+  double* products = static_cast<double*>(result.data);
+  std::fill(products, products + rows, 0.0);
+  for (size_t i = 0; i < sums.size(); ++i) products[i % rows] += sums[i];
 }
 
 // Adds to each of the K sums the rows with its weights, a few of them at once for the sums' sake.
@@ -316,6 +323,6 @@ STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, CPU, m) {
   m.impl("compare_gradients", &optimzoo::compare_gradients);
   m.impl("sample_sums", &optimzoo::sample_sums);
   m.impl("sample_dots", &optimzoo::sample_dots);
-  m.impl("sample_squares", &optimzoo::sample_squares);
+  m.impl("sample_products", &optimzoo::sample_products);
   m.impl("weighted_sums", &optimzoo::weighted_sums);
 }

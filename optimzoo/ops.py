@@ -75,7 +75,7 @@ def _fake(*args: Any, **kwargs: Any) -> None:
 _OPS: dict[str, Callable[..., None]] = {}
 if not _MISSING["cpu"]:
     for _name in (
-        *("dot", "compare_gradients", "sample_sums", "sample_dots", "sample_squares", "weighted_sums"),
+        *("dot", "compare_gradients", "sample_sums", "sample_dots", "sample_products", "weighted_sums"),
         *("normal_", "cbo_"),
     ):
         _OPS[_name] = _known(getattr(torch.ops.optimzoo, _name).default)

@@ -52,8 +52,8 @@ class _Factors:
         """The squared norm of each gradient, and the square of what the norms of its products add up to."""
         raise NotImplementedError
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        """The weighted sum of the gradients."""
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        """Add the weighted sum of the gradients."""
         raise NotImplementedError
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
@@ -79,8 +79,8 @@ class _Products(_Factors):
         squares = _square_norms([self.left]) * _square_norms([self.right])
         return squares, squares
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        return (_times(self.left, weights).flatten(0, 1).T @ self.right.flatten(0, 1)).view(shape)
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        total.addmm_(_times(self.left, weights).flatten(0, 1).T, self.right.flatten(0, 1))
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
         return (self.left.mT @ self.right).view(len(self.left), *shape)
@@ -100,10 +100,10 @@ class _Rows(_Factors):
     def inner_products(self, other: _Products) -> Tensor:
         """With the same samples' other gradients."""
         left = other.left.gather(2, self.left[:, None, :].expand(-1, other.positions, -1))
-        return (left.to(_wide(left)) * (other.right @ self.right.mT)).sum((1, 2))
+        return _inner_products([left], [other.right @ self.right.mT])
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        return _add_rows(self.left, _times(self.right, weights), shape[0])
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        total += _add_rows(self.left, _times(self.right, weights), len(total))
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
         n = len(self.left)
@@ -142,8 +142,8 @@ class _Patches(_Factors):
             patches += pixels[(slice(None), slice(None), *window, *window)]
         return _pair_up(left.mT @ left, patches.view(*pixels.shape[:2], self.positions, self.positions))
 
-    def sum(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        return self._gradient(_times(self.left, weights), self.right, shape, self.groups)
+    def add_to(self, total: Tensor, weights: Tensor) -> None:
+        total += self._gradient(_times(self.left, weights), self.right, total.shape, self.groups)
 
     def to_tensor(self, shape: torch.Size) -> Tensor:
         n = len(self.left)
@@ -232,7 +232,7 @@ class FactoredSamples:
                 for chunk in _slices(weights.shape[1], part.size):
                     own = _pick(part, chunk, self.dtype)
                     for total, row in zip(sums, weights[:, chunk], strict=True):
-                        total += own.sum(row, self._param_shape)
+                        own.add_to(total, row)
             return sums
 
     def to_tensor(self) -> Tensor:
@@ -849,15 +849,20 @@ def _square_norms(batch: Sequence[Samples]) -> Tensor:
     squares = [part.square_norms() for part in batch if isinstance(part, FactoredSamples)]
     tensors = [_as_rows(part)[0] for part in batch if isinstance(part, Tensor)]
     if tensors:
-        found = torch.zeros(len(batch[0]), dtype=_wide(tensors[0]), device=tensors[0].device)
-        if op := _native("sample_squares", tensors):
-            op(tensors, found)
-        else:
-            for rows in tensors:
-                for of in _slices(len(rows), rows.shape[1:].numel()):
-                    found[of] += _matrix(rows[of]).to(found.dtype).square().sum(1)
-        squares.append(found)
+        squares.append(_inner_products(tensors, tensors))
     return functools.reduce(torch.add, squares)
+
+
+def _inner_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Of each sample's numbers in two lists, in float64."""
+    found = torch.zeros(len(left[0]), dtype=_wide(left[0]), device=left[0].device)
+    if op := _native("sample_products", left if left is right else left + right):
+        op(left, [] if left is right else right, found)
+        return found
+    for x, y in zip(left, right, strict=True):
+        for of in _slices(len(x), x.shape[1:].numel()):
+            found[of] += (_matrix(x[of]).to(found.dtype) * _matrix(y[of])).sum(1)
+    return found
 
 
 def _norms(batch: Sequence[Samples]) -> Tensor:
@@ -946,9 +951,8 @@ def _pick(part: Any, of: slice | Tensor, dtype: torch.dtype | None) -> Any:
 
 def _pair_up(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norms of sums of products, from the inner products of all pairs of factors."""
-    left, right = left.to(_wide(left)), right.to(_wide(right))
-    lengths = left.diagonal(dim1=-2, dim2=-1) * right.diagonal(dim1=-2, dim2=-1)
-    return (left * right).flatten(1).sum(1), lengths.clamp(min=0).sqrt().flatten(1).sum(1).square()
+    lengths = left.diagonal(dim1=-2, dim2=-1).to(_wide(left)) * right.diagonal(dim1=-2, dim2=-1)
+    return _inner_products([left], [right]), lengths.clamp(min=0).sqrt().flatten(1).sum(1).square()
 
 
 def _counted(rows: Tensor) -> Tensor:
