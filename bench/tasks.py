@@ -1,11 +1,12 @@
-"""The tasks: data held in memory, a network, a loss, a metric. Everything follows from the seed."""
+"""The tasks: data, a network, a loss, a metric. Everything follows from the seed."""
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,38 +30,82 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What a report has to know of a task. Raise ``version`` when a change makes older runs incomparable."""
+    """What the protocol and a report have to know of a task.
+
+    Raise ``version`` when a change makes older runs incomparable.
+    """
 
     name: str
     version: int
     metric: str
     mode: str  # "max" or "min": the better direction of the metric
     target: float  # the level that steps-to-target counts towards
-    epochs: int
+    epochs: float
     batch: int
-    n_test: int
+    n_test: int  # 0 where nothing is held out and the objective itself is measured
     chance: float  # the metric of a model that has learnt nothing
     tags: frozenset[str] = frozenset()
+    se: float | None = None  # the standard error of one measurement; None: the metric is a rate, and so binomial
+    dtype: str = "float32"  # of parameters, inputs and activations
+    late_batch: int = 0  # the batch of the second half of the budget; 0: the same
 
     @property
     def sign(self) -> int:
         """+1 if more of the metric is better, -1 if less is."""
         return 1 if self.mode == "max" else -1
 
+    @property
+    def rate(self) -> bool:
+        """Whether the metric is a share of cases, which a report shows in %."""
+        return self.se is None
+
+    def error(self, value: float, cases: int) -> float:
+        """The standard error that one run's metric has from what it was measured on."""
+        return math.sqrt(value * (1 - value) / cases) if self.se is None else self.se
+
 
 class Task(Protocol):
-    """The contract between a task and the training loop."""
+    """The contract between a task and the training loop.
+
+    A task may also have
+
+    ``augment(batch, generator, epoch, rows) -> Batch``
+        of the batch with these rows of the training data, on its device, by numbers of ``generator``;
+    ``groups(model) -> list[tuple[list[Parameter], dict[str, float]]]``
+        parameter groups, each with factors on hyper-parameters such as ``{"weight_decay": 0.0}``;
+    ``download(root)``
+        fetches what ``data(root)`` reads, for ``--download`` alone;
+    ``batches(part, rows, seed, progress) -> Iterator[Batch]``
+        for data that do not fit in memory: the parts of ``data`` are then datasets with ``len``, and this reads the
+        rows of each batch in turn, augmented if ``seed`` is not None, with what depends on ``progress`` (in 0 .. 1) as
+        it is there. ``join`` makes one part of several.
+
+    Inputs of an integer type (pixels, tokens) keep it; the model makes numbers of them. ``evaluate`` takes a part as
+    ``data`` gives it, on the device of the model.
+    """
 
     @property
     def spec(self) -> TaskSpec: ...
 
-    def data(self, root: Path = DATA) -> Splits: ...
+    def data(self, root: Path | None = None) -> Splits:
+        """The three parts. What is not embedded is read from ``root``.
+
+        Raises:
+            FileNotFoundError: if it is not there; the message shows the layout that is expected.
+        """
 
     def model(self, seed: int) -> nn.Module: ...
 
     def loss(self, model: nn.Module, batch: Batch, *, reduction: str = "mean") -> Tensor: ...
 
     def evaluate(self, model: nn.Module, split: Batch) -> dict[str, float]: ...
+
+
+def join(parts: list[Any]) -> Any:
+    """One part made of several, of tensors or of datasets."""
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else torch.utils.data.ConcatDataset(parts)
 
 
 def stream(name: str, seed: int, index: int = 0) -> int:
@@ -76,8 +121,8 @@ class Classification:
     load: Callable[[Path], Splits]
     net: Callable[[], nn.Module]
 
-    def data(self, root: Path = DATA) -> Splits:
-        return self.load(root)
+    def data(self, root: Path | None = None) -> Splits:
+        return self.load(DATA)
 
     def model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -215,4 +260,9 @@ TASKS: dict[str, Task] = {
         Classification(_spec("digits-cnn", 0.98, 30, 64, 360, "saturated"), digits, digits_cnn),
         Classification(_spec("digits-mlp", 0.96, 40, 64, 360, "saturated"), digits, digits_mlp),
     )
+}
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": ("digits-mlp",),
+    "embedded": ("fm14", "mnist1d", "digits-cnn", "digits-mlp"),
 }
