@@ -35,7 +35,7 @@ def play(cell: Cell, score: Score, status: Callable[[float], str] = lambda lr: "
 
 
 def cell(**rules: Any) -> Cell:
-    return Cell("digits-mlp", "adamw", Protocol(**rules))
+    return Cell("digits-mlp", "adamw", Protocol(**{"ruleset": "lr-only", "trials": 5, "tune_seeds": 1, **rules}))
 
 
 def test_half_decades() -> None:
@@ -111,7 +111,7 @@ def test_a_plan_ends_for_any_scores_and_never_asks_twice(scores: list[float]) ->
 
 
 def test_a_class_is_searched_around_its_own_default_and_asked_what_it_needs() -> None:
-    assert find("torch.optim:Adagrad").space == {"lr": 0.01}
+    assert find("torch.optim:Adagrad").space == {"lr": 0.01, "weight_decay": (0.0, 5e-4)}
     assert find("torch.optim:LBFGS").needs == {"closure"}
     assert find("torch.optim:NAdam").needs == frozenset()
     assert find("optimzoo:DiffGrad").package.startswith("optimzoo ")
