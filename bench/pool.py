@@ -20,6 +20,7 @@ from bench.store import Record, Store
 Request = Settings | Literal["wait"] | None
 Event = tuple[Settings, float, Record | None]  # the run, the share of its budget used, its record once it has ended
 
+POLL = 0.5  # seconds until limits are looked at, and what other processes did
 BEAT = 10.0  # seconds between two signs of life
 PATIENCE = 15.0  # seconds that a worker has to write its checkpoint when it is asked to stop
 
@@ -135,7 +136,9 @@ def train_all(
                 yield run, 0.0, None
             if not busy and not waiting:
                 return
-            ready = wait(list(busy), timeout=1.0) if busy else time.sleep(0.5) or []
+            ready = wait(list(busy), timeout=POLL) if busy else []
+            if not busy:
+                time.sleep(POLL)
             if time.monotonic() - beaten > BEAT:
                 store.beat()
                 beaten = time.monotonic()

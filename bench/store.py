@@ -3,7 +3,7 @@
 manifest.json    the sweep, written once and widened by later calls
 runs.jsonl       a line for every finished run
 curves/ID.jsonl  the learning curve of a run, a line for every evaluation
-ckpt/ID.pt       where an unfinished run stands
+ckpt/ID.pt       where an unfinished run stands; of several processes ckpt/ID.STEP, a folder
 locks/ID         which process has a run in hand, written to as long as it lives
 
 Several processes, on machines that share the folder, may work in it.
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -212,7 +213,9 @@ class Store:
         return torch.load(file, weights_only=True) if file.exists() else None
 
     def drop_checkpoint(self, run: str) -> None:
-        (self.folder / "ckpt" / f"{run}.pt").unlink(missing_ok=True)
+        for file in (self.folder / "ckpt").glob(f"{run}.*"):  # of several processes it is a folder
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
     def unfinished(self) -> list[str]:
-        return [file.stem for file in sorted((self.folder / "ckpt").glob("*.pt"))]
+        files = (self.folder / "ckpt").glob("*")
+        return sorted({file.name.partition(".")[0] for file in files if not file.name.endswith(".part")})
