@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.task import Batch, Objective, TaskSpec
 
 SIZE, ROWS, STEPS = 20, 256, 500
-Function = Callable[[Tensor], Tensor]  # of the distance to the minimum, (size,) to ()
+Function = Callable[[Tensor], Tensor]  # of the distance to the minimum, (n, size) to (n,)
 BEST = torch.tensor([1.0, -1.0]).repeat(SIZE // 2)  # where the minimum is: not where weight decay pulls to
 
 
@@ -24,6 +24,10 @@ class Point(nn.Module):
     def __init__(self, best: Tensor = BEST, start: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.x = nn.Parameter(start(best) if start else 3 * best * torch.rand(best.shape))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The point, once for each row."""
+        return self.x.expand(len(inputs), -1)
 
 
 def spectrum(kappa: float) -> Tensor:
@@ -35,8 +39,8 @@ def quadratic(curvature: Tensor, axes: Tensor | None = None) -> Function:
     """A parabola along the coordinates, or along the rows of ``axes``."""
 
     def value(distance: Tensor) -> Tensor:
-        along = distance if axes is None else axes.to(distance) @ distance
-        return 0.5 * (curvature.to(distance) * along.square()).sum()
+        along = distance if axes is None else distance @ axes.to(distance).T
+        return 0.5 * (curvature.to(distance) * along.square()).sum(1)
 
     return value
 
@@ -49,12 +53,12 @@ def rotation() -> Tensor:
 
 def plateau(distance: Tensor) -> Tensor:
     """Wells that are flat four deviations away."""
-    return (1 - (-0.5 * distance.square()).exp()).sum()
+    return (1 - (-0.5 * distance.square()).exp()).sum(1)
 
 
 def saddle(distance: Tensor) -> Tensor:
     """Double wells with minima at -2 and 0, and the start on the ridge between, where the gradient vanishes."""
-    return ((distance + 1).square() - 1).square().sum() / 4
+    return ((distance + 1).square() - 1).square().sum(1) / 4
 
 
 def rows(kind: str) -> Tensor:
@@ -82,19 +86,25 @@ def weights(kind: str) -> Tensor:
     return seen / seen.mean(0)
 
 
+def distances(model: nn.Module, inputs: Tensor, best: Tensor) -> Tensor:
+    """For each row how far the point is from the minimum, in float32 at least."""
+    x = model(inputs)
+    return x.to(torch.promote_types(x.dtype, torch.float32)) - best.to(x.device)
+
+
 def noisy(function: Function, best: Tensor = BEST, scale: float = 1.0) -> Callable[[nn.Module, Batch], Tensor]:
-    """The value and, for each row, its noise, which vanishes at the minimum."""
+    """For each row the value and its noise, which vanishes at the minimum."""
 
     def value(model: nn.Module, batch: Batch) -> Tensor:
-        distance = model.x - best.to(model.x)
-        return scale * (function(distance) + batch[0].to(distance) @ distance)
+        distance = distances(model, batch[0], best)
+        return scale * (function(distance) + (batch[0] * distance).sum(1))
 
     return value
 
 
 def weighted(model: nn.Module, batch: Batch) -> Tensor:
     """For each row a parabola along the coordinates that it sees."""
-    return 0.5 * (batch[0] * (model.x - BEST.to(model.x)).square()).sum(1)
+    return 0.5 * (batch[0] * distances(model, batch[0], BEST).square()).sum(1)
 
 
 def _task(
@@ -147,16 +157,16 @@ DIAGNOSTIC: tuple[Objective, ...] = (
     _task("loss-spike", weighted, -4, lambda: weights("spike"), batch=4),
     _task("dead-start", weighted, -4, lambda: weights("dead"), batch=1),
     _task("bf16", noisy(quadratic(spectrum(10))), -4, dtype="bfloat16"),
-    _task("batch-change", noisy(bowl), -3, lambda: rows("1"), batch=4, late_batch=64),
+    _task("batch-change", noisy(bowl), -2, lambda: rows("1"), batch=4, late_batch=64),
 )
 
 
 def _plane(name: str, function: Callable[[Tensor, Tensor], Tensor], best: Tensor, start: Tensor) -> Objective:
-    def value(model: nn.Module, batch: Batch) -> Tensor:
-        return function(*model.x.unbind()) + 0 * batch[0][:, 0]
-
     def net() -> nn.Module:
         return Point(best, lambda _: start + 0.05 * torch.randn(2))
+
+    def value(model: nn.Module, batch: Batch) -> Tensor:
+        return function(*model(batch[0]).unbind(1))
 
     return _task(name, value, -3, net=net, tag="plane")
 

@@ -224,34 +224,30 @@ class Sums(Classification):
         }
 
 
-RIDGE = 1e-3
+SMOOTHING = 0.1  # of the labels: without it the classes can be told apart, and the minimum is at infinity
 
 
 def softmax_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of each row plus the ridge that makes the minimum unique."""
-    ridge = sum(param.square().sum() for param in model.parameters())
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none") + 0.5 * RIDGE * ridge
+    """Cross-entropy of each row with smoothed labels."""
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none", label_smoothing=SMOOTHING)
 
 
 @functools.cache
 def softmax_least() -> float:
-    """The minimum, by Newton's method in float64."""
+    """The minimum, by Newton's method in float64 on the difference of the two outputs."""
     inputs, labels = breast_cancer()
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], 1).double()
-    weights = torch.zeros(2, inputs.shape[1], dtype=torch.float64)
 
-    def value(flat: Tensor) -> Tensor:
-        logits = inputs @ flat.view_as(weights).T
-        return F.cross_entropy(logits, labels) + 0.5 * RIDGE * flat.square().sum()
+    def value(weights: Tensor) -> Tensor:
+        difference = inputs @ weights
+        logits = torch.stack([torch.zeros_like(difference), difference], 1)
+        return F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
 
-    flat = weights.flatten()
+    weights = torch.zeros(inputs.shape[1], dtype=torch.float64)
     for _ in range(20):
-        gradient, hessian = (
-            torch.autograd.functional.jacobian(value, flat),
-            torch.autograd.functional.hessian(value, flat),
-        )
-        flat = flat - torch.linalg.solve(hessian, gradient)
-    return value(flat).item()
+        gradient = torch.autograd.functional.jacobian(value, weights)
+        weights -= torch.linalg.solve(torch.autograd.functional.hessian(value, weights), gradient)
+    return value(weights).item()
 
 
 def _spec(name: str, target: float, epochs: int, batch: int, n_test: int, *tags: str) -> TaskSpec:
@@ -273,7 +269,7 @@ EMBEDDED: tuple[Task, ...] = (
         RunningSum,
     ),
     Objective(
-        TaskSpec("softmax", 1, "log_gap", "min", -4.0, 60, 32, 0, 0.0, frozenset({"convex"}), se=0.05),
+        TaskSpec("softmax", 1, "log_gap", "min", -3.0, 60, 32, 0, 0.0, frozenset({"convex"}), se=0.05),
         breast_cancer,
         lambda: nn.Linear(30, 2),
         softmax_loss,
