@@ -160,12 +160,22 @@ def mean(value: Any) -> Tensor:
     return total / dist.get_world_size()
 
 
-def any_rank(flag: bool, world: int) -> bool:
-    """Whether the flag is up in some process, so that all of them act alike."""
+def rank(world: int) -> int:
+    """Of this process."""
+    return 0 if world == 1 else dist.get_rank()
+
+
+def ask_every(world: int) -> int:
+    """Steps from one agreement to the next: it costs several processes a wait for each other."""
+    return 1 if world == 1 else 8
+
+
+def agreed(world: int, *flags: bool) -> list[bool]:
+    """Which flags are up in some process, so that all of them act alike."""
     if world == 1:
-        return flag
+        return list(flags)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+    return (mean(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
 
 
 def rank_zero(act: Callable[[], Any], world: int) -> None:

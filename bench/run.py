@@ -87,8 +87,10 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The memory that an optimizer's state holds, storage shared between tensors counted once."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    """The memory that an optimizer's state holds, storage shared between tensors counted once; of shards, this
+    process's."""
+    values = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    tensors = [value.to_local() if hasattr(value, "to_local") else value for value in values]
     return sum({storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())
 
 
@@ -121,7 +123,7 @@ class Training:
         self.net: nn.Module = loops.distributed(self.model, settings) if settings.world > 1 else self.model
         if machine.compile:
             self.net = torch.compile(self.net)
-        torch.manual_seed(stream("noise", settings.seed))  # what a method may draw from the global generator
+        torch.manual_seed(stream("noise", settings.seed, loops.rank(settings.world)))  # what a method may draw from the global generator
         self.optimizer = self._build()
         self.peak_lrs = [group.get("lr", 0.0) for group in self.optimizer.param_groups]
         self.clock: Record = dict.fromkeys(("steps", "drawn", "grads", "forwards", "hvps", "samples"), 0)
@@ -217,6 +219,7 @@ class Training:
         rest = self.rows(epoch, place)
         rows = rest[:size]
         self.clock["drawn"] += len(rows)
+        self.shared = len(rows)  # samples of the batch, in all processes
         self.share, mine = loops.share(rows, self.settings.world)
         if self.streamed:
             if self.reader is None:
@@ -244,7 +247,7 @@ class Training:
 
     def backward(self, batch: Batch, weight: float = 1.0) -> Tensor:
         """Leaves the gradient of ``weight`` times the loss, added to what is there, and returns the loss."""
-        self.count(grads=len(batch[1]) * self.settings.world)
+        self.count(grads=len(batch[1]) if self.settings.world == 1 else self.shared)
         loss = self.loss(batch)
         (loss * (weight * self.share)).backward() if weight * self.share != 1 else loss.backward()
         return loss.detach()
@@ -287,25 +290,29 @@ class Training:
         self.curve.append({**self.clock, "train_loss": train_loss, **metrics})
         return self.curve[-1]
 
-    def state_dict(self) -> Record:
-        """Where the run stands, between two steps."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+    def place(self) -> Record:
+        """Where the run stands between two steps, without model and optimizer."""
+        place = {
             "noise": torch.get_rng_state(),
             "clock": self.clock,
             "curve": self.curve,
             "losses": [float(loss) for loss in self.losses],
         }
-        return state | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+        return place | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def take_place(self, place: Record) -> None:
+        torch.set_rng_state(place["noise"])
+        if "cuda" in place:
+            torch.cuda.set_rng_state(place["cuda"], self.device)
+        self.clock, self.curve, self.losses = place["clock"], place["curve"], place["losses"]
+
+    def state_dict(self) -> Record:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.place()}
 
     def load_state_dict(self, state: Record) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["noise"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-        self.clock, self.curve, self.losses = state["clock"], state["curve"], state["losses"]
+        self.take_place(state)
 
 
 def failure(spec: TaskSpec, curve: list[Record], cases: int) -> str:
@@ -362,11 +369,13 @@ def train(
             if run.lost:
                 run.evaluate()
                 break
-        stop = loops.any_rank(stopping(), settings.world)
-        if not run.done and (stop or loops.any_rank(time.monotonic() - saved >= every, settings.world)):
+        if run.done or run.clock["steps"] % loops.ask_every(settings.world):
+            continue
+        stop, late = loops.agreed(settings.world, stopping(), time.monotonic() - saved >= every)
+        if stop or late:
             checkpoints.save()
             saved = time.monotonic()
-        if stop and not run.done:
+        if stop:
             raise Stopped
     loops.rank_zero(lambda: store.save_curve(settings.id, run.curve), settings.world)
     last, counted = run.curve[-1], ("steps", "grads", "forwards", "hvps", "samples")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import OPTIONS
 
 from bench import __main__ as cli
 from bench.__main__ import main
@@ -29,7 +30,7 @@ KILLED = ["--tasks", "digits-cnn", "--methods", "adamw", "--ruleset", "one-shot"
         ("run --budget 0x", "not a multiple"),
         ("run --max-time 20", "'20' is not a time such as 90s"),
         ("run --seeds 0", "not a positive whole number"),
-        ("run --ruleset tuned", "invalid choice: 'tuned'"),
+        ("run --ruleset tuend", "invalid choice: 'tuend'"),
         ("list everything", "invalid choice: 'everything'"),
         ("", "required"),
     ],
@@ -49,7 +50,7 @@ def test_a_wrong_request_is_answered_and_ends_in_2(
 def test_missing_data_end_in_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def gone(self: object) -> None:
+    def gone(self: object, root: Path | None) -> None:
         raise FileNotFoundError("no file bench/data/fm14.npz")
 
     monkeypatch.setattr(type(TASKS["fm14"]), "data", gone)
@@ -72,7 +73,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--dry-run", "--methods", "sgd", "--tasks", "fm14", "--out", str(tmp_path / "x")]) == cli.DONE
+    assert main(["run", "--dry-run", "--ruleset", "lr-only", "--trials", "5", "--tune-seeds", "1", "--methods", "sgd", "--tasks", "fm14", "--out", str(tmp_path / "x")]) == cli.DONE
     assert "15 runs at most" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
 
@@ -100,7 +101,7 @@ def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path: Path) -> None:
 def test_finished_runs_are_skipped(swept: tuple[Path, int]) -> None:
     out, _ = swept
     before = (out / "runs.jsonl").read_bytes()
-    options = ["--trials", "3", "--seeds", "5", "--out", str(out), "--progress", "none", "--workers", "1"]
+    options = ["--ruleset", "lr-only", "--trials", "3", "--tune-seeds", "1", "--seeds", "5", "--out", str(out), "--progress", "none", "--workers", "1"]
     methods = ["--methods", "sgd,adamw", "--tasks", "digits-mlp", "--budget", "0.05x", "--max-time", "0s"]
     # No time is left, so that the runs that raised are not tried again; the rest is there already.
     assert main(["run", *methods, *options]) == cli.INTERRUPTED
@@ -111,7 +112,7 @@ def test_a_folder_refuses_a_sweep_under_other_rules(
     swept: tuple[Path, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = swept
-    assert main(["run", "--trials", "3", "--budget", "2x", "--out", str(out)]) == cli.USAGE
+    assert main(["run", *OPTIONS, "--budget", "2x", "--out", str(out)]) == cli.USAGE
     assert "holds a sweep with budget 0.05" in capsys.readouterr().err
 
 
