@@ -24,6 +24,7 @@ from bench.task import (
     outputs,
     stream,
 )
+from bench.vision import CIFAR, FASHION, IMAGENET
 
 __all__ = ["DATA", "SUITES", "TASKS", "Batch", "Splits", "Task", "TaskSpec", "join", "stream"]
 
@@ -278,9 +279,14 @@ EMBEDDED: tuple[Task, ...] = (
 )
 SHORT = Classification(_spec("mnist1d-short", 0.90, 15, 128, 1000), mnist1d, mnist1d_cnn)
 
-TASKS: dict[str, Task] = {task.spec.name: task for task in (*EMBEDDED, SHORT, *PLANE, *DIAGNOSTIC)}
+TASKS: dict[str, Task] = {
+    task.spec.name: task for task in (*EMBEDDED, SHORT, *PLANE, *DIAGNOSTIC, FASHION, *CIFAR, *IMAGENET)
+}
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": (*(task.spec.name for task in PLANE), "digits-mlp", "mnist1d-short"),
     "embedded": tuple(task.spec.name for task in EMBEDDED),
     "diagnostic": tuple(task.spec.name for task in DIAGNOSTIC),
+    "fashion": ("fashion",),
+    "cifar": ("cifar10-resnet18", "cifar100-resnet18"),
+    "imagenet": ("imagenet-resnet18",),
 }
