@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import evidence, methods, report
+from bench.loops import SHARED
 from bench.presets import PRESETS
 from bench.progress import clock, view
 from bench.protocol import RAISED, RULESETS, SAMPLERS, SELECTIONS, Cell, Protocol
@@ -223,21 +224,25 @@ def wanted(args: argparse.Namespace) -> None:
         if args.methods is not None:
             raise ValueError("--preset has its method: leave --methods out")
         found = [PRESETS[find_preset(name)] for name in args.presets]
-        args.tasks, args.methods = [list(dict.fromkeys(each)) for each in zip(*((p.task, p.method) for p in found), strict=True)]
+        args.tasks = list(dict.fromkeys(preset.task for preset in found))
+        args.methods = list(dict.fromkeys(preset.method for preset in found))
     if args.tasks is None:
         args.tasks = list(SUITES[args.suite or "embedded"])
     if args.methods is None:
-        args.methods = list(methods.METHODS)
+        alone = [m for m in methods.METHODS if args.world > 1 and methods.find(m).needs - SHARED]
+        args.methods = [name for name in methods.METHODS if name not in alone]
     if not args.tasks or not args.methods:
         raise ValueError("--tasks and --methods must name something")
     for task in args.tasks:
         if task not in TASKS:
             raise LookupError(f"no task called {task!r}{methods.nearest(task, TASKS)}")
     for method in args.methods:
+        if args.world > 1 and (alone := methods.find(method).needs - SHARED):
+            raise ValueError(f"{method} needs {', '.join(sorted(alone))}, which is for one process alone")
         space = methods.find(method).space
         choices = [len(values) for values in space.values() if isinstance(values, tuple)]
         if args.ruleset == "tuned" and args.sampler == "grid" and args.trials < max(choices, default=1):
-            raise ValueError(f"--trials {args.trials} is too few for {method}, which has {max(choices)} choices a rate")
+            raise ValueError(f"--trials {args.trials} is less than the {max(choices)} choices {method} has at each rate")
     for task in args.tasks:
         if args.download and hasattr(TASKS[task], "download"):
             if args.data_root is None:
@@ -261,13 +266,13 @@ def run(args: argparse.Namespace) -> int:
             raise RuntimeError("torch finds no CUDA device")
     except RuntimeError as error:
         return usage(f"--device {args.device}: {str(error).splitlines()[0]}")
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         wanted(args)
     except (LookupError, ValueError) as error:
         return usage(str(error.args[0]))
     except FileNotFoundError as error:
         return missing(error)
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
     if args.presets:
         args.ruleset = "one-shot"
     machine = Machine(args.data_root, device, args.threads, args.compile, args.checkpoint_every)

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -71,14 +73,22 @@ def serve(connection: Connection, folder: Path, machine: Machine) -> None:
         busy = False
 
 
+@functools.cache
+def workshop() -> Any:
+    """Where workers come from: a server without threads or state that has imported what they need, and forks."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.pool", "bench.zoo", "sklearn.datasets"])
+    return context
+
+
 class Worker:
     """A process and the run it has in hand."""
 
     def __init__(self, folder: Path, machine: Machine) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.machine = machine
+        self.machine, context = machine, workshop()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, folder, machine), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, folder, machine))
         self.process.start()
         theirs.close()
         self.begun = 0.0

@@ -166,6 +166,8 @@ def run_sweep(
         OSError: at the end there still is no space.
     """
     state, pace, begun = Progress(store, cells), Pace(), time.monotonic()
+    for run in {*store.unfinished()} & state.records.keys():  # of a process that was killed between line and checkpoint
+        store.drop_checkpoint(run)
     unsaved: list[Record] = []
 
     def next_run() -> Request:

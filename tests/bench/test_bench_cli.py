@@ -1,11 +1,5 @@
-"""The command line: exit codes, messages, a sweep with failures, a sweep that is killed."""
+"""The command line: exit codes, messages, a sweep with failures."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +9,6 @@ from bench import __main__ as cli
 from bench.__main__ import main
 from bench.store import Store
 from bench.tasks import TASKS
-
-KILLED = ["--tasks", "digits-cnn", "--methods", "adamw", "--ruleset", "one-shot", "--seeds", "2", "--budget", "0.5x"]
 
 
 @pytest.mark.parametrize(
@@ -129,31 +121,3 @@ def test_ctrl_c_ends_in_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(cli.COMMANDS, "list", interrupt)
     assert main(["list"]) == cli.INTERRUPTED
-
-
-def start(out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "error", "-m", "bench", "run", *KILLED, "--out", str(out), "--workers", "1"]
-    command += ["--checkpoint-every", "0s", "--progress", "none"]
-    return subprocess.Popen(command, cwd=Path(cli.__file__).parents[1], start_new_session=True)
-
-
-def weights(out: Path) -> dict[str, str]:
-    return {run: record["weights"] for run, record in Store(out).records().items()}
-
-
-def test_a_sweep_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == cli.DONE
-
-    process = start(killed)
-    while not list((killed / "ckpt").glob("*.pt")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(weights(killed)) < 2
-
-    assert start(killed).wait() == cli.DONE
-    assert weights(killed) == weights(whole)
-    resumed = [json.loads(line) for line in (killed / "runs.jsonl").read_text().splitlines()]
-    assert len(resumed) == 2
