@@ -223,7 +223,9 @@ def wanted(args: argparse.Namespace) -> None:
         if args.methods is not None:
             raise ValueError("--preset has its method: leave --methods out")
         found = [PRESETS[find_preset(name)] for name in args.presets]
-        args.tasks, args.methods = [list(dict.fromkeys(each)) for each in zip(*((p.task, p.method) for p in found), strict=True)]
+        args.tasks, args.methods = [
+            list(dict.fromkeys(each)) for each in zip(*((p.task, p.method) for p in found), strict=True)
+        ]
     if args.tasks is None:
         args.tasks = list(SUITES[args.suite or "embedded"])
     if args.methods is None:
