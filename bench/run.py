@@ -128,6 +128,7 @@ class Training:
         )  # what a method may draw from the global generator
         self.optimizer = self._build()
         self.peak_lrs = [group.get("lr", 0.0) for group in self.optimizer.param_groups]
+        self.sets_lr = "hvp" not in self.method.needs
         self.clock: Record = dict.fromkeys(("steps", "drawn", "grads", "forwards", "hvps", "samples"), 0)
         self.clock |= {"wall_s": 0.0, "cpu_s": 0.0, "step_s": 0.0}
         self.epoch, self.order = -1, torch.empty(0)
@@ -260,7 +261,7 @@ class Training:
         self.share = 1.0
         self.factor = factor(self.settings.schedule, self.progress)
         for group, lr in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
-            if "lr" in group:
+            if "lr" in group and self.sets_lr:
                 group["lr"] = lr * self.factor
         loss = self.take_step(self)
         if self.settings.world > 1:

@@ -75,8 +75,8 @@ class MuonAdamW:
 
 
 def cbo(model: nn.Module, **hp: Any) -> optimzoo.CBO:
-    """CBO with the network's buffers under its care."""
-    return optimzoo.CBO(model.parameters(), module=model, **hp)
+    """CBO with the network's buffers under its care, if it has any: they cost an evaluation a step."""
+    return optimzoo.CBO(model.parameters(), module=model if [*model.buffers()] else None, **hp)
 
 
 def sso(model: nn.Module, **hp: Any) -> optimzoo.SSO:
