@@ -384,7 +384,7 @@ class Results:
                 run.get("wall_s") and round(run["wall_s"], 2), step and round(step, 3),
                 settings["package"], run.get("weights"), run["id"],
             ])  # fmt: skip
-        return json.dumps(rows, separators=(",", ":")).replace("</", "<\\/")
+        return json.dumps(rows, separators=(",", ":")).replace("<", "\\u003c")
 
     @property
     def failures(self) -> int:
