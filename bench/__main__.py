@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bench import evidence, methods, report
+from bench import evidence, export, methods, report
 from bench.loops import SHARED
 from bench.presets import PRESETS
 from bench.progress import clock, view
@@ -121,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path)
     command.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained HTML file")
     command.add_argument("--md", action="store_true", help="print Markdown in place of the console table")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write a line for every run")
+    command.add_argument("--tensorboard", type=Path, metavar="DIR", help="write the curve of every run as events")
+    command.add_argument("--targets", action="store_true", help="print the published numbers, and what came of them")
 
     command = commands.add_parser("status", help="how far a results folder is")
     command.add_argument("out", type=Path)
@@ -323,12 +326,23 @@ def show_plan(sweep: list[Cell], store: Store) -> int:
 def make_report(args: argparse.Namespace) -> int:
     """Writes or prints the report of a folder."""
     results = report.Results(Store(args.out))
+    for file in filter(None, (args.html, args.csv)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if args.html:
-        args.html.parent.mkdir(parents=True, exist_ok=True)
         args.html.write_text(report.to_html(results), encoding="utf-8")
+    if args.csv:
+        with open(args.csv, "w", encoding="utf-8", newline="") as stream:
+            export.to_csv(results, stream)
+    if args.tensorboard:
+        try:
+            print(f"{export.to_tensorboard(results, args.tensorboard)} curves written")
+        except ImportError:
+            return usage("--tensorboard needs tensorboard: pip install tensorboard")
     if args.md:
         print(report.to_markdown(results))
-    elif not args.html:
+    if args.targets:
+        print(report.targets(results))
+    if not (args.html or args.csv or args.tensorboard or args.md or args.targets):
         report.to_console(results)
     return DONE
 

@@ -49,9 +49,7 @@ class Sharded(Whole):
         model, optimizer = get_state_dict(run.model, run.optimizer)
         state = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=chosen[0])
-        set_state_dict(
-            run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         place = torch.load(chosen[0] / f"place-{dist.get_rank()}.pt", weights_only=True)
         run.take_place(place)
 

@@ -92,7 +92,10 @@ def compare(old: Store, new: Store) -> list[str]:
     """Lines of a Markdown table: for each method on each task the differences of the final runs, seed by seed."""
     sides = [{(c.task, c.method, c.preset): c for c in opened(store)} for store in (old, new)]
     records = [store.records() for store in (old, new)]
-    lines = ["| task | method | n | before | now | difference [95 % interval] | P(better) | |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | method | n | before | now | difference [95 % interval] | P(better) | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for key in [key for key in sides[0] if key in sides[1]]:
         before, now = (finals(side[key], known) for side, known in zip(sides, records, strict=True))
         seeds = [seed for seed in before if seed in now]

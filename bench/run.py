@@ -123,7 +123,9 @@ class Training:
         self.net: nn.Module = loops.distributed(self.model, settings) if settings.world > 1 else self.model
         if machine.compile:
             self.net = torch.compile(self.net)
-        torch.manual_seed(stream("noise", settings.seed, loops.rank(settings.world)))  # what a method may draw from the global generator
+        torch.manual_seed(
+            stream("noise", settings.seed, loops.rank(settings.world))
+        )  # what a method may draw from the global generator
         self.optimizer = self._build()
         self.peak_lrs = [group.get("lr", 0.0) for group in self.optimizer.param_groups]
         self.sets_lr = "hvp" not in self.method.needs

@@ -65,7 +65,27 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--dry-run", "--ruleset", "lr-only", "--trials", "5", "--tune-seeds", "1", "--methods", "sgd", "--tasks", "fm14", "--out", str(tmp_path / "x")]) == cli.DONE
+    assert (
+        main(
+            [
+                "run",
+                "--dry-run",
+                "--ruleset",
+                "lr-only",
+                "--trials",
+                "5",
+                "--tune-seeds",
+                "1",
+                "--methods",
+                "sgd",
+                "--tasks",
+                "fm14",
+                "--out",
+                str(tmp_path / "x"),
+            ]
+        )
+        == cli.DONE
+    )
     assert "15 runs at most" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
 
@@ -93,7 +113,22 @@ def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path: Path) -> None:
 def test_finished_runs_are_skipped(swept: tuple[Path, int]) -> None:
     out, _ = swept
     before = (out / "runs.jsonl").read_bytes()
-    options = ["--ruleset", "lr-only", "--trials", "3", "--tune-seeds", "1", "--seeds", "5", "--out", str(out), "--progress", "none", "--workers", "1"]
+    options = [
+        "--ruleset",
+        "lr-only",
+        "--trials",
+        "3",
+        "--tune-seeds",
+        "1",
+        "--seeds",
+        "5",
+        "--out",
+        str(out),
+        "--progress",
+        "none",
+        "--workers",
+        "1",
+    ]
     methods = ["--methods", "sgd,adamw", "--tasks", "digits-mlp", "--budget", "0.05x", "--max-time", "0s"]
     # No time is left, so that the runs that raised are not tried again; the rest is there already.
     assert main(["run", *methods, *options]) == cli.INTERRUPTED
