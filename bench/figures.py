@@ -186,9 +186,7 @@ def defaults(table: "Table") -> Markup:
     medians = [sample.median for _, row in shown for sample in (row.sample, row.default)]
     x = _metric_scale(table, medians)
     names = [(index, row.method) for index, row in shown]
-    panel = _list_panel(
-        f"{table.spec.name}: defaults and tuned", names, x, table.unit if table.spec.rate else table.spec.metric
-    )
+    panel = _list_panel(f"{table.spec.name}: defaults and tuned", names, x, table.axis)
     for y, (index, row) in enumerate(reversed(shown)):
         before, after = row.default.median, row.sample.median
         panel.rule((before, y), (after, y), f"interval {style(index)}")

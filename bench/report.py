@@ -212,6 +212,11 @@ class Table:
     def unit(self) -> str:
         return "%" if self.spec.rate else UNITS.get(self.spec.metric, self.spec.metric)
 
+    @property
+    def axis(self) -> str:
+        """What an axis of the metric is labelled."""
+        return f"{name_of(self.spec.metric)}, %" if self.spec.rate else name_of(self.spec.metric)
+
     def row(self, method: str) -> Row | None:
         return next((row for row in self.rows if row.method == method), None)
 

@@ -228,7 +228,8 @@ class Training:
             if self.reader is None:
                 batches = [loops.share(rows, self.settings.world)[1] for rows in rest.split(size)]
                 seed = stream("augment", self.settings.seed, epoch)
-                self.reader = self.task.batches(self.part, batches, seed, self.progress)  # type: ignore[attr-defined]
+                begun = min(epoch * self.size / self.budget, 1.0)  # of the epoch, whether it is gone into again or not
+                self.reader = self.task.batches(self.part, batches, seed, begun)  # type: ignore[attr-defined]
             inputs, labels = next(self.reader)
             return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         return self.take(mine, epoch)

@@ -138,7 +138,7 @@ def fm14_cnn() -> nn.Module:
 def photo() -> Splits:
     """The pixels of a photograph that scikit-learn carries, block means of 6 x 6: place in [-1, 1] and colour.
 
-    flower.jpg is by dany13 (CC BY 2.0), https://www.flickr.com/photos/75586669@N04.
+    flower.jpg is by vultilion (CC BY 2.0), https://www.flickr.com/photos/vultilion/6056698931.
     """
     try:
         from sklearn.datasets import load_sample_image

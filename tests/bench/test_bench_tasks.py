@@ -267,3 +267,9 @@ def test_fm14_refuses_another_file(tmp_path: Path) -> None:
 def test_streams_do_not_meet() -> None:
     seeds = [tasks.stream(name, seed, index) for name in ("init", "order") for seed in range(20) for index in range(20)]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_the_page_on_the_benchmark_names_every_embedded_and_diagnostic_task() -> None:
+    page = (Path(__file__).parents[2] / "docs/benchmark.rst").read_text()
+    for name in (*SUITES["embedded"], *SUITES["diagnostic"]):
+        assert f"``{name}``" in page

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import pickle
 import struct
 from pathlib import Path
@@ -16,10 +17,13 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import to_pil_image
 
 from bench import vision
-from bench.airbench import Muon, Whitening, orthogonal
+from bench.__main__ import NO_DATA, main
+from bench.airbench import Muon, Whitening, airbench, orthogonal
 from bench.methods import find
 from bench.presets import PRESETS
+from bench.run import Machine, Settings, Stopped, train
 from bench.schedule import factor
+from bench.store import Store
 from bench.task import join
 from bench.tasks import SUITES, TASKS
 from bench.vision import Jpegs, Keyed, Pixels, Scale
@@ -367,3 +371,60 @@ def test_presets_are_of_tasks_methods_and_settings_that_exist(name: str) -> None
 def test_vision_suites_are_of_vision_tasks() -> None:
     names = [name for suite in ("fashion", "cifar", "imagenet") for name in SUITES[suite]]
     assert all("vision" in TASKS[name].spec.tags for name in names)
+
+
+def trained(settings: Settings, folder: Path, root: Path, stop_at: int = 0) -> dict[str, Any]:
+    """The record of a run, or a checkpoint at every step and an end after so many."""
+    store = Store(folder)
+    store.create()
+    steps = itertools.count(1)
+    machine = Machine(data_root=root, checkpoint_every=0.0 if stop_at else 1e9)
+    return train(settings, store, machine=machine, stopping=lambda: next(steps) == stop_at)
+
+
+def test_a_preset_on_small_files_is_trained_and_cut_off_and_ends_with_the_same_bits(
+    cifar10: tuple[Path, Any], small: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = cifar10
+    task = dataclasses.replace(
+        TASKS["cifar10-airbench94-muon"], load=small.load, net=lambda: airbench((8, 8, 16), spread=True)
+    )
+    monkeypatch.setitem(TASKS, "cifar10-airbench94-muon", task)
+    recipe = PRESETS["cifar10/airbench94-muon"]
+    hp = {**recipe.hp, "lr": 0.05}
+    package = find(recipe.method).package
+    settings = Settings(
+        recipe.task, 1, recipe.method, package, hp, 1000, "train+validation", schedule=recipe.schedule, epochs=3,
+        batch=30, amp="bf16",
+    )  # fmt: skip
+    whole = trained(settings, tmp_path / "whole", root)
+    assert whole["error"] is None
+    assert whole["counts"]["samples"] == 300
+    with pytest.raises(Stopped):
+        trained(settings, tmp_path / "cut", root, stop_at=9)
+    assert trained(settings, tmp_path / "cut", root)["weights"] == whole["weights"]
+    other = dataclasses.replace(settings, seed=1001)
+    assert trained(other, tmp_path / "other", root)["weights"] != whole["weights"]
+
+
+def test_a_stream_is_trained_and_cut_off_in_an_epoch_and_ends_with_the_same_bits(
+    photographs: Path, tiny: vision.ImageNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing = dataclasses.replace(tiny, sizes=((0.0, 32), (1.0, 96)))  # with another size in the middle of an epoch
+    monkeypatch.setitem(TASKS, "imagenet-ffcv-resnet50", growing)
+    settings = Settings(
+        "imagenet-ffcv-resnet50", 1, "sgd", find("sgd").package, {"lr": 0.1, "weight_decay": 1e-4}, 1000,
+        "train+validation", epochs=2, batch=5,
+    )  # fmt: skip
+    whole = trained(settings, tmp_path / "whole", photographs)
+    assert whole["counts"] == {"steps": 6, "grads": 24, "forwards": 0, "hvps": 0, "samples": 24}
+    with pytest.raises(Stopped):
+        trained(settings, tmp_path / "cut", photographs, stop_at=4)
+    assert trained(settings, tmp_path / "cut", photographs)["weights"] == whole["weights"]
+
+
+def test_the_command_line_asks_for_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "runs"), "--data-root", str(tmp_path), "--progress", "none"]
+    assert main(["run", "--preset", "cifar10/airbench94", *out]) == NO_DATA
+    assert "data_batch_1" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
