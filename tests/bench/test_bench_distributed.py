@@ -25,7 +25,9 @@ def member(rank: int, port: int, command: list[str], die_after: int) -> None:
     import bench.distributed
     from bench.__main__ import main
 
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ |= dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
     save, saved = bench.distributed.Sharded._save, []
 
     def save_and_die(self: Any) -> None:

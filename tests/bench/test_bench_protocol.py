@@ -236,7 +236,12 @@ def test_a_method_without_a_rate_searches_what_it_has() -> None:
     spec = OptSpec("x", find("sgd").build, {"momentum": (0.0, 0.9)}, {"lr": 0.1})
     subject = Cell("digits-mlp", "sgd", Protocol(trials=5))
     vars(subject)["optimizer"] = spec
-    assert [settings.hp["momentum"] for settings in subject.plan({}).wanted if settings.phase == "tune"] == [0, 0, 0.9, 0.9]
+    assert [settings.hp["momentum"] for settings in subject.plan({}).wanted if settings.phase == "tune"] == [
+        0,
+        0,
+        0.9,
+        0.9,
+    ]
 
 
 def test_a_preset_has_its_recipe() -> None:

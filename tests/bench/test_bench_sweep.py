@@ -31,7 +31,9 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def one_shot(store: Store, methods: str = "sgd", **rules: Any) -> list[Cell]:
-    return open_sweep(store, ["digits-mlp"], methods.split(","), Protocol("one-shot", **{"seeds": 2, "budget": 0.05, **rules}))
+    return open_sweep(
+        store, ["digits-mlp"], methods.split(","), Protocol("one-shot", **{"seeds": 2, "budget": 0.05, **rules})
+    )
 
 
 def test_processes_that_share_a_folder_share_its_runs(tmp_path: Path) -> None:
