@@ -143,6 +143,15 @@ def test_a_parameter_that_joins_late_starts_from_the_common_accumulator():
     assert value(optimizer) == pytest.approx(known + 15, rel=1e-15)
 
 
+def test_hooks_run_around_the_step():
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer, seen = AdaGradNorm(params), []
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(len(opt.state)))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(float(value(opt)) - 0.01))
+    advance(optimizer, [[torch.ones(3)]])
+    assert seen == [0, 3.0]
+
+
 def test_a_scaler_divides_and_skips():
     params, grads = parameters(torch.float32, COLLECTED), gradients(parameters(torch.float32, COLLECTED), 3)
     plain = advance(AdaGradNorm(copies(params)), grads)

@@ -111,3 +111,22 @@ def test_a_learnt_rate_resumes(name):
         step(model, optimizer, x, y)
 
     assert assert_resumes(build, advance)["scheduler"].looks > 3
+
+
+@pytest.mark.parametrize("name", ["CBO", "LanczosLR"])
+def test_autocast_around_a_closure(name):
+    def build():
+        model = network()
+        optimizer = RECIPES["DiffGrad" if name == "LanczosLR" else name](model)
+        parts = dict(model=model, optimizer=optimizer)
+        return parts | (dict(scheduler=optimzoo.LanczosLR(optimizer, every=2)) if name == "LanczosLR" else {})
+
+    def advance(t, model, optimizer, scheduler=None):
+        x, y = batch(t)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype is torch.bfloat16
+            if scheduler is not None:
+                scheduler.step(lambda: F.cross_entropy(model(x), y))
+            step(model, optimizer, x, y)
+
+    assert_resumes(build, advance)
