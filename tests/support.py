@@ -16,7 +16,7 @@ class Cell:
     """One feature of one class.
 
     Args:
-        works: "yes", "partly" or "no".
+        works: "yes", "partly", "no", or "n/a" where the question belongs to something else.
         why: the reason, or the limits; nothing where the answer is yes.
         test: the test that shows it, ``FILE.py::NAME``, if there is one.
     """
@@ -32,6 +32,10 @@ def yes(test: str) -> Cell:
 
 def no(why: str, test: str = "") -> Cell:
     return Cell("no", why, test)
+
+
+def apart(why: str) -> Cell:
+    return Cell("n/a", why)
 
 
 def partly(why: str, test: str) -> Cell:
@@ -63,7 +67,7 @@ def row(test: str, refusal: str = "", names: list[str] | None = None, **others: 
 
 _SCHEDULER = "a scheduler: it steps no parameters"
 _SAMPLER = "it reads gradients and steps no parameters: what it goes with is that of the optimizer"
-_BEHIND = dict(LanczosLR=no(_SCHEDULER), AdaptiveBatchSize=no(_SAMPLER))
+_BEHIND = dict(LanczosLR=apart(_SCHEDULER), AdaptiveBatchSize=apart(_SAMPLER))
 _ANY = yes("test_batch_size.py::test_any_optimizer_is_stepped_as_without_a_schedule")
 _INNER = "what moves the parameters is its inner optimizer, which may be one that has it"
 _BASE = "its base makes the step, and may be a class that has it"
@@ -152,7 +156,10 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
                 "together with its model, and not of a ``DistributedDataParallel``",
                 "test_tpsgd.py::test_a_copy_trains_its_own_model",
             ),
-            LanczosLR=no("it holds the optimizer that it was made for; use state dicts"),
+            LanczosLR=partly(
+                "together with its optimizer and model",
+                _training("test_a_learnt_rate_is_copied_with_its_optimizer_and_model"),
+            ),
             AdaptiveBatchSize=no(
                 "it has hooks on parameters; use state dicts",
                 "test_batch_size.py::test_hooks_go_with_the_schedule_and_with_the_parameters",
@@ -192,33 +199,33 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
             SSO=yes("test_sso.py::test_autocast_around_the_step_is_as_good_as_within_the_closure"),
             TPSGD=yes("test_tpsgd.py::test_autocast"),
             LanczosLR=yes(_training("test_autocast_around_a_closure")),
-            AdaptiveBatchSize=_ANY,
+            AdaptiveBatchSize=apart(_SAMPLER),
         ),
         "16-bit parameters": row(
             _contract("test_sixteen_bit_parameters_have_float32_averages_that_do_not_stall"),
             AdaGradNorm=yes("test_adagrad.py::test_narrow_parameters_follow_it_to_rounding"),
             CBO=yes("test_cbo.py::test_parameters_of_16_bits_have_particles_of_32"),
             SSO=partly(
-                "under ``autocast``; with the parameters themselves in 16 bits it has not been tried",
-                "test_sso.py::test_under_autocast_the_surrogate_is_float32",
+                "bfloat16; its outputs are compared in float32, and float16 is for ``autocast``",
+                _training("test_parameters_of_bfloat16_train"),
             ),
-            TPSGD=yes("test_tpsgd.py::test_projections_follow_the_dtype_of_the_model"),
+            TPSGD=yes(_training("test_parameters_of_bfloat16_train")),
             LanczosLR=no(
                 "products of 16 bits say nothing of an eigenvalue: an error",
-                "test_lanczos.py::test_wrong_parameters_groups_and_states_are_named",
+                "test_curvature.py::test_wrong_parameters_are_named",
             ),
             AdaptiveBatchSize=yes("test_batch_size.py::test_other_dtypes"),
         ),
         "Complex parameters": row(
             _contract("test_a_complex_parameter_is_its_real_and_imaginary_parts"),
             "complex",
-            AdaGradNorm=yes("test_adagrad.py::test_a_tensor_split_in_two_and_two_groups_are_the_whole"),
+            AdaGradNorm=yes("test_adagrad.py::test_a_complex_parameter_is_its_real_and_imaginary_parts"),
             CBO=no("its noise is of real numbers", "test_cbo.py::test_parameters_that_it_cannot_move_are_named"),
             SSO=no("targets are real; not tried"),
-            TPSGD=no("targets and projections are real: an error"),
+            TPSGD=no("targets and projections are real: an error", "test_tpsgd.py::test_wrong_settings_are_named"),
             LanczosLR=no(
                 "the Hessian is one of real numbers",
-                "test_lanczos.py::test_wrong_parameters_groups_and_states_are_named",
+                "test_curvature.py::test_wrong_parameters_are_named",
             ),
             AdaptiveBatchSize=yes("test_batch_size.py::test_other_dtypes"),
         ),
@@ -242,26 +249,26 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
             SSO=no("return the negative of the loss"),
             TPSGD=no("local losses are distances"),
             LanczosLR=yes("test_lanczos.py::test_the_line_rule_goes_along_the_decayed_gradient"),
-            AdaptiveBatchSize=_ANY,
+            AdaptiveBatchSize=apart(_SAMPLER),
         ),
         "State in bfloat16": row(
             "test_store.py::test_compressed_state_is_bfloat16_and_near_the_whole_one",
             AdaGradNorm=no("its state is one number, in float64"),
             CBO=no("particles are float32"),
-            SSO=no(_INNER),
-            TPSGD=no(_BASE),
+            SSO=apart(_INNER),
+            TPSGD=apart(_BASE),
             **_BEHIND,
         ),
         "Clipping within the step": row(
             "test_store.py::test_clipping_within_the_step_is_clipping_before_it",
             names=GRADIENT,
             CBO=no("there is no gradient; ``noise_clip`` bounds the noise"),
-            SSO=no(_INNER),
+            SSO=apart(_INNER),
             TPSGD=partly(
                 "not with ``update_in_forward``, which has the gradients of one layer",
                 "test_tpsgd.py::test_wrong_settings_are_named",
             ),
-            LanczosLR=no(_SCHEDULER),
+            LanczosLR=apart(_SCHEDULER),
             AdaptiveBatchSize=yes("test_batch_size.py::test_clipping_does_not_change_the_statistics"),
         ),
     },
@@ -273,8 +280,8 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
                 "a native step for the plain rule, and composed ones for the others",
                 "test_cbo.py::test_every_variant_follows_the_reference_to_1e_12",
             ),
-            SSO=no(_INNER),
-            TPSGD=no(_BASE),
+            SSO=apart(_INNER),
+            TPSGD=apart(_BASE),
             **_BEHIND,
         ),
         "``capturable``": row(
@@ -283,14 +290,14 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
             AdaGradNorm=yes("test_adagrad.py::test_float64_follows_the_reference"),
             CBO=no("it decides by the values of the loss"),
             SSO=no("it decides by the values of the loss"),
-            TPSGD=no(_BASE),
+            TPSGD=apart(_BASE),
             **_BEHIND,
         ),
         "``differentiable``": row(
             "test_reference.py::test_autograd_differentiates_differentiable_steps",
             AdaGradNorm=yes("test_adagrad.py::test_autograd_differentiates_differentiable_steps"),
             CBO=no(_PARTICLES),
-            SSO=no(_INNER),
+            SSO=apart(_INNER),
             TPSGD=no("no gradient crosses a layer"),
             **_BEHIND,
         ),
@@ -310,11 +317,10 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
         ),
         "Parameters of any memory layout": row(
             "test_laws.py::test_transposed_memory_commutes_with_a_step",
-            AdaGradNorm=yes("test_adagrad.py::test_float64_follows_the_reference"),
-            CBO=yes("test_cbo.py::test_a_parameter_of_another_layout_is_read_and_written_by_its_coordinates"),
-            SSO=yes("test_sso.py::test_outputs_may_share_memory_with_the_parameters"),
-            TPSGD=no(_BASE),
-            LanczosLR=yes("test_curvature.py::test_neither_the_order_of_parameters_nor_their_cuts_change_the_spectrum"),
+            **{
+                name: yes(_training("test_the_memory_layout_of_a_parameter_changes_nothing"))
+                for name in ("AdaGradNorm", "CBO", "SSO", "TPSGD", "LanczosLR")
+            },
             AdaptiveBatchSize=yes("test_batch_size.py::test_native_reductions_are_those_of_torch"),
         ),
     },
@@ -342,12 +348,12 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
         "FSDP2, ``fully_shard``": row(
             "test_distributed.py::test_two_processes_with_sharded_models_train_and_resume_as_one",
             AdaGradNorm=yes(_TWO),
-            CBO=no("parameters must be whole; particles are divided with ``process_group`` instead"),
+            CBO=no("parameters must be whole; particles are divided with ``process_group`` instead", _TWO),
             SSO=yes("test_sso_distributed.py::test_two_processes_with_half_of_the_data_each_step_as_one"),
-            TPSGD=no("hooks of a sharded module see it gathered for its own pass alone: an error"),
+            TPSGD=no("its gradients are made layer by layer, of whole parameters: an error", _TWO),
             LanczosLR=no(
                 "products of a Hessian need whole parameters: an error",
-                "test_lanczos.py::test_wrong_parameters_groups_and_states_are_named",
+                _TWO,
             ),
             AdaptiveBatchSize=yes("test_batch_size_distributed.py::test_two_ranks_find_what_one_process_would"),
         ),

@@ -140,6 +140,17 @@ def zero(rank):
             close(weights(resumed), weights(model), (name, "from ZeRO"))
 
 
+def refusals():
+    """What needs whole parameters says so."""
+    model = sharded()
+    with pytest.raises(ValueError, match="must be whole"):
+        optimzoo.LanczosLR(torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(ValueError, match="DTensor"):
+        optimzoo.CBO(model.parameters(), 6)
+    with pytest.raises(ValueError, match="must be a plain"):
+        optimzoo.TPSGD(model, num_classes=3)
+
+
 def parts(build, make, path=None):
     """A model and its optimizer, from a distributed checkpoint if there is one."""
     model = build()
@@ -165,6 +176,7 @@ def worker(rank: int, folder: str) -> None:
     train_alike(rank)
     accumulators()
     zero(rank)
+    refusals()
     for name, make in MAKE.items():
         expected = weights(alone(make, 2 * STEPS)[0])
         for way, (build, halves) in SHARDED.items():

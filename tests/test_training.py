@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from steps import bits
 from test_contract import SCHEDULERS
 from torch import nn
 from torch.nn import functional as F
@@ -130,3 +134,59 @@ def test_autocast_around_a_closure(name):
             step(model, optimizer, x, y)
 
     assert_resumes(build, advance)
+
+
+def turned(model):
+    """The same weights, laid out the other way round in memory."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.data = param.t().contiguous().t()
+    return model
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "LanczosLR"])
+def test_the_memory_layout_of_a_parameter_changes_nothing(name):
+    models = network(), turned(network())
+    assert not models[1][0].weight.is_contiguous()
+    for model in models:
+        optimizer = RECIPES["DiffGrad" if name == "LanczosLR" else name](model)
+        scheduler = optimzoo.LanczosLR(optimizer, every=2) if name == "LanczosLR" else None
+        for t in range(4):
+            x, y = batch(t)
+            if scheduler is not None:
+                scheduler.step(lambda model=model, x=x, y=y: F.cross_entropy(model(x), y))
+            step(model, optimizer, x, y)
+    torch.testing.assert_close(*(list(model.parameters()) for model in models), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SSO", "TPSGD"])
+def test_parameters_of_bfloat16_train(name):
+    model = network().bfloat16()
+    optimizer = RECIPES[name](model)
+    x, y = batch(0)
+    losses = [float(step(model, optimizer, x.bfloat16(), y)) for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))], ids=["copy", "pickle"]
+)
+def test_a_learnt_rate_is_copied_with_its_optimizer_and_model(way):
+    model = network()
+    optimizer = optimzoo.DiffGrad(model.parameters(), lr=1.0)
+    parts = model, optimizer, optimzoo.LanczosLR(optimizer, every=2, iterations=4)
+
+    def train(steps, model, optimizer, scheduler):
+        for t in steps:
+            x, y = batch(t)
+            scheduler.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+            step(model, optimizer, x, y)
+
+    train(range(3), *parts)
+    clone = way(parts)
+    before = bits(model.state_dict())
+    train(range(3, 6), *clone)
+    assert bits(model.state_dict()) == before
+    train(range(3, 6), *parts)
+    assert bits(model.state_dict()) == bits(clone[0].state_dict())
