@@ -264,6 +264,7 @@ class Tensorwise(Optimizer):
     def _prepare(self, calls: list[tuple[Group, str, Batch]]) -> Tensor | None:
         """What a step needs to know of all gradients together: by how much they are to be divided."""
         scale: Tensor | None = getattr(self, "grad_scale", None)
+        scale = None if scale is None else scale.reshape(())  # some hand over a list of one
         bound = self.defaults["max_grad_norm"]
         grads = [grad for _, _, batch in calls for grad in batch.grads]
         if bound is None or not grads:
@@ -691,6 +692,8 @@ class Elementwise(Tensorwise):
             return ops.missing(param.device.type)
         if param.dtype not in _FUSED_DTYPES | {torch.complex64, torch.complex128}:
             return f"its dtype is {param.dtype}"
+        if param.is_complex() and torch.compiler.is_compiling():
+            return "torch.compile cannot hand a complex tensor to an operation that writes to its parts"
         if any(tensor.layout is not torch.strided for tensor in others):
             return "its gradient is sparse"
         if any(tensor.device != param.device for tensor in others):

@@ -280,7 +280,7 @@ class TPSGD(Optimizer):
         if self.process_group is not None:
             raise TypeError("the optimizer of a DistributedDataParallel cannot be copied or pickled; use state_dict()")
         kept = ("model", "num_classes", "target_dim", "local_loss", "projection", "conv_target", "bptt", "base",
-                "update_in_forward", "store_projections", "process_group", "_names", "_places",
+                "update_in_forward", "store_projections", "process_group", "loss", "_names", "_places",
                 "_numbers")  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
@@ -719,13 +719,20 @@ class TPSGD(Optimizer):
         """Take groups, state and the seed of the projections from a checkpoint.
 
         Raises:
-            ValueError: it does not fit; nothing has changed then.
+            TypeError, ValueError: it does not fit; nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         saved = state_dict.get("param_groups")
         if "state" not in state_dict or not saved or any("projection_seed" not in group for group in saved):
             raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
         self.base.load_state_dict(state_dict)
         self._share()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _unwrapped(model: Any) -> tuple[Any, Any]:
