@@ -245,7 +245,9 @@ def wanted(args: argparse.Namespace) -> None:
         space = methods.find(method).space
         choices = [len(values) for values in space.values() if isinstance(values, tuple)]
         if args.ruleset == "tuned" and args.sampler == "grid" and args.trials < max(choices, default=1):
-            raise ValueError(f"--trials {args.trials} is less than the {max(choices)} choices {method} has at each rate")
+            raise ValueError(
+                f"--trials {args.trials} is less than the {max(choices)} choices {method} has at each rate"
+            )
     for task in args.tasks:
         if args.download and hasattr(TASKS[task], "download"):
             if args.data_root is None:

@@ -143,7 +143,7 @@ METHODS: dict[str, OptSpec] = {
              {"lr": 1e-2, "momentum": 0.9}, "layers", "model"),
     )
 }  # fmt: skip
-# What other packages have of ours, with the settings of section 10 of the specification; named by their paths.
+# What other packages have of ours, named by their paths.
 PEERS: dict[str, OptSpec] = {
     path: OptSpec(path, Imported(path), space, defaults)
     for path, space, defaults in (

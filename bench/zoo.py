@@ -40,7 +40,7 @@ DALE_SGD, DALE_ADAMW, DALE_LANGEVIN = Dale("DaleSGD", 0.1), Dale("DaleAdamW"), D
 
 
 class MuonAdamW:
-    """Muon for matrices, AdamW for all else at the same learning rate: Muon's steps are scaled to the size of Adam's."""
+    """Muon for matrices, its steps as large as Adam's; AdamW for all else, at the same learning rate."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float = 0.1) -> None:
         every = [param for group in groups for param in group["params"]]

@@ -17,7 +17,21 @@ from bench.pool import workshop
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
-SWEEP = "run --tasks digits-mlp --ruleset one-shot --seeds 1 --budget 0.05x --progress none --workers 1".split()
+SWEEP = [
+    "run",
+    "--tasks",
+    "digits-mlp",
+    "--ruleset",
+    "one-shot",
+    "--seeds",
+    "1",
+    "--budget",
+    "0.05x",
+    "--progress",
+    "none",
+    "--workers",
+    "1",
+]
 
 
 def member(rank: int, port: int, command: list[str], die_after: int) -> None:
@@ -25,7 +39,9 @@ def member(rank: int, port: int, command: list[str], die_after: int) -> None:
     import bench.distributed
     from bench.__main__ import main
 
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ |= dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
     save, saved = bench.distributed.Sharded._save, []
 
     def save_and_die(self: Any) -> None:
