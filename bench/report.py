@@ -16,11 +16,12 @@ from bench.progress import clock
 from bench.protocol import FINAL_SEEDS, RAISED, SELF_TUNING, Cell, Plan, Trial, score
 from bench.store import Record, Store
 from bench.sweep import cells
-from bench.targets import Outcome, outcomes
+from bench.targets import READABLE, Outcome, outcomes
 from bench.tasks import TASKS, TaskSpec
 
 BASELINE = "adamw"
 NOTHING = "-"
+UNREADABLE = "The targets are in a TOML file, which Python reads from 3.11 on."
 SHORT = {"weight_decay": "wd"}
 UNITS = {"psnr": "dB", "log_gap": "powers of ten of what is left to gain"}  # of metrics that are no rates
 SHOWN = 8  # methods that the figures show at first
@@ -324,6 +325,16 @@ class Results:
                 row.difference = Sample(tuple(gains))
         return Table(rows[0].spec, rows, base.method, {method: i for i, method in enumerate(self.methods)})
 
+    @property
+    def first(self) -> set[int]:
+        """The places of the methods that the figures show at first: the baseline, then this library's, then others."""
+
+        def rank(place: int) -> tuple[bool, bool, int]:
+            cell = next(cell for cell in self.cells if (cell.preset or cell.method) == self.methods[place])
+            return self.methods[place] != self.baseline, not cell.optimizer.package.startswith("optimzoo"), place
+
+        return set(sorted(range(len(self.methods)), key=rank)[:SHOWN])
+
     def spec_of(self, record: Record) -> TaskSpec:
         return TASKS[record["settings"]["task"]].spec
 
@@ -576,6 +587,8 @@ def pass_rates(results: Results) -> list[list[str]]:
 
 def targets(results: Results | None) -> str:
     """The numbers of others, and those of a folder beside them, as Markdown."""
+    if not READABLE:
+        return UNREADABLE
     found = results.outcomes if results else outcomes((), {})
     rows = [["method", "setting", "value", "n", "here", "n", "deviation", "verdict", "caveat", "source"]]
     rows.append(["---"] * len(rows[0]))
@@ -656,7 +669,14 @@ def to_html(results: Results) -> str:
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
     environment.filters |= {"percent": percent, "clock": clock, "decimals": decimals, "bytes": size}
     template = environment.get_template("report.html.jinja")
-    shown = {"figures": figures, "caption": caption, "name_of": name_of, "fates": FATES, "heat": HEAT, "first": SHOWN}
+    shown = {
+        "figures": figures,
+        "caption": caption,
+        "name_of": name_of,
+        "fates": FATES,
+        "heat": HEAT,
+        "unreadable": UNREADABLE,
+    }
     shown["profile"] = figures.profile(results)
     return template.render(results=results, **shown)
 

@@ -158,8 +158,8 @@ def photo() -> Splits:
 
 @functools.cache
 def modular_addition() -> Splits:
-    """Sequences of 8 numbers modulo 7, labelled with their running sums modulo 7."""
-    numbers = np.random.RandomState(0).randint(0, MODULUS, (4000, 8))
+    """Sequences of 6 numbers modulo 7, labelled with their running sums modulo 7."""
+    numbers = np.random.RandomState(0).randint(0, MODULUS, (4000, 6))
     inputs, labels = torch.from_numpy(numbers), torch.from_numpy(numbers.cumsum(1) % MODULUS)
     return Splits(*zip(inputs.split([2000, 500, 1500]), labels.split([2000, 500, 1500]), strict=True))
 
@@ -265,7 +265,7 @@ EMBEDDED: tuple[Task, ...] = (
         TaskSpec("photo-inr", 1, "psnr", "max", 26.0, 40, 128, 1506, 12.7, se=0.1), lambda root: photo(), photo_mlp
     ),
     Sums(
-        TaskSpec("modular-addition", 1, "accuracy", "max", 0.95, 20, 64, 1500, 1 / MODULUS),
+        TaskSpec("modular-addition", 1, "accuracy", "max", 0.95, 24, 64, 1500, 1 / MODULUS),
         lambda root: modular_addition(),
         RunningSum,
     ),

@@ -112,8 +112,8 @@ def test_psnr_is_that_of_the_whole_part() -> None:
 def test_running_sums() -> None:
     inputs, labels = TASKS["modular-addition"].data().train
     assert inputs.dtype == torch.int64
-    assert labels[5].tolist() == [sum(inputs[5, : i + 1].tolist()) % 7 for i in range(8)]
-    assert len(torch.cat([part[0] for part in TASKS["modular-addition"].data()]).unique(dim=0)) > 3990  # few repeat
+    assert labels[5].tolist() == [sum(inputs[5, : i + 1].tolist()) % 7 for i in range(6)]
+    assert len(torch.cat([part[0] for part in TASKS["modular-addition"].data()]).unique(dim=0)) > 3900  # few repeat
 
 
 def test_the_accuracy_of_sums_is_that_of_the_last() -> None:
