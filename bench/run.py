@@ -160,14 +160,15 @@ class Training:
             ]]  # fmt: skip
         else:
             given = [self.model.parameters()]
+        if "per_sample" in needs:
+            from optimzoo import PerSampleGradients
+
+            given += [self.batch_size, self.size]
+            self.engine = PerSampleGradients(self.model)
         optimizer = self.method.build(*given, **hp)
         if "batch_control" in needs:
             order = torch.Generator().manual_seed(stream("order", self.settings.seed))
             optimizer.attach(self.size, self.batch_size, order)  # type: ignore[attr-defined]
-        if "per_sample" in needs:
-            from optimzoo import PerSampleGradients
-
-            self.engine = PerSampleGradients(self.model)
         return optimizer
 
     @property
