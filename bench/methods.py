@@ -19,7 +19,7 @@ NEEDS = {
     "layers": "is built with the training targets too, and takes its gradients in a forward pass within targets(..)",
     "hvp": "after a step looks at the curvature of the batch's loss, and takes the schedule's factor",
     "batch_control": "draws its own batches",
-    "per_sample": "reads the gradient of each sample from p.grad_sample",
+    "per_sample": "is built with the sizes of batch and data too, and reads the gradient of each sample",
     "two_groups": "is built from two groups: weights of two or more dimensions, and all else",
     "model": "is built from the model in place of its parameters",
 }
@@ -141,9 +141,11 @@ METHODS: dict[str, OptSpec] = {
         ours("lanczos", "bench.zoo:LanczosSGD", {"lr": 1.0, "learn": ("fixed", "learn")}, {"lr": 1.0}, "hvp", "model"),
         ours("tpsgd", "bench.zoo:tpsgd", {"lr": 1e-2, "local_loss": ("l2", "l1")},
              {"lr": 1e-2, "momentum": 0.9}, "layers", "model"),
+        ours("dpsgd", "bench.zoo:Private", {"lr": 0.3, "max_grad_norm": (0.1, 1.0)}, {"lr": 0.1}, "per_sample"),
+        ours("dicesgd", "bench.zoo:PrivateDice", {"lr": 0.3, "max_grad_norm": (0.1, 1.0)}, {"lr": 0.1}, "per_sample"),
     )
 }  # fmt: skip
-# What other packages have of ours, with the settings of section 10 of the specification; named by their paths.
+# What other packages have of ours, named by their paths.
 PEERS: dict[str, OptSpec] = {
     path: OptSpec(path, Imported(path), space, defaults)
     for path, space, defaults in (

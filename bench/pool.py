@@ -71,6 +71,8 @@ def serve(connection: Connection, folder: Path, machine: Machine) -> None:
         except (BrokenPipeError, Stopped):
             return
         busy = False
+        if stopping:  # since the record was sent
+            return
 
 
 @functools.cache

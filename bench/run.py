@@ -102,7 +102,7 @@ class Training:
     timed. How a step is taken is in ``bench.loops``, by what the method needs.
     """
 
-    def __init__(self, settings: Settings, machine: Machine = Machine()) -> None:  # noqa: B008  # frozen
+    def __init__(self, settings: Settings, machine: Machine = Machine()) -> None:  # frozen
         self.settings, self.machine = settings, machine
         self.task: Task = TASKS[settings.task]
         self.spec: TaskSpec = self.task.spec
@@ -123,9 +123,8 @@ class Training:
         self.net: nn.Module = loops.distributed(self.model, settings) if settings.world > 1 else self.model
         if machine.compile:
             self.net = torch.compile(self.net)
-        torch.manual_seed(
-            stream("noise", settings.seed, loops.rank(settings.world))
-        )  # what a method may draw from the global generator
+        # What a method may draw from the global generator.
+        torch.manual_seed(stream("noise", settings.seed, loops.rank(settings.world)))
         self.optimizer = self._build()
         self.peak_lrs = [group.get("lr", 0.0) for group in self.optimizer.param_groups]
         self.sets_lr = "hvp" not in self.method.needs
@@ -161,14 +160,15 @@ class Training:
             ]]  # fmt: skip
         else:
             given = [self.model.parameters()]
+        if "per_sample" in needs:
+            from optimzoo import PerSampleGradients
+
+            given += [self.batch_size, self.size]
+            self.engine = PerSampleGradients(self.model)
         optimizer = self.method.build(*given, **hp)
         if "batch_control" in needs:
             order = torch.Generator().manual_seed(stream("order", self.settings.seed))
             optimizer.attach(self.size, self.batch_size, order)  # type: ignore[attr-defined]
-        if "per_sample" in needs:
-            from optimzoo import PerSampleGradients
-
-            self.engine = PerSampleGradients(self.model)
         return optimizer
 
     @property
@@ -343,7 +343,7 @@ def train(
     store: Store,
     checkpoint_every: float | None = None,
     on_evaluation: Callable[[float, Record], None] = lambda progress, row: None,
-    machine: Machine = Machine(),  # noqa: B008  # frozen
+    machine: Machine = Machine(),  # frozen
     stopping: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Trains to the end of the budget, from the checkpoint if there is one, and returns the record of the run.

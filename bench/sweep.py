@@ -198,7 +198,9 @@ def run_sweep(
             left = sum(pending.values())
             view.finish(settings, record, len(state.records), left, pace.left(pending, workers))
     finally:
-        save()
-        for run in list(store.held):
-            store.release(run)
+        try:
+            save()
+        finally:
+            for run in list(store.held):
+                store.release(run)
     return state.records, not sum(state.pending.values())

@@ -77,7 +77,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rules = "--ruleset lr-only --trials 5 --tune-seeds 1 --methods sgd --tasks fm14".split()
+    rules = ["--ruleset", "lr-only", "--trials", "5", "--tune-seeds", "1", "--methods", "sgd", "--tasks", "fm14"]
     assert main(["run", "--dry-run", *rules, "--out", str(tmp_path / "x")]) == cli.DONE
     assert "15 runs at most" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
@@ -172,7 +172,21 @@ def test_data_that_are_not_embedded_are_asked_for_with_their_layout(
 
 
 def test_progress_in_json_is_a_line_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = "run --tasks digits-mlp --methods sgd --budget 0.05x --ruleset one-shot --seeds 2 --workers 1".split()
+    command = [
+        "run",
+        "--tasks",
+        "digits-mlp",
+        "--methods",
+        "sgd",
+        "--budget",
+        "0.05x",
+        "--ruleset",
+        "one-shot",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+    ]
     assert main([*command, "--progress", "json", "--out", str(tmp_path)]) == cli.DONE
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["task"], row["seed"], row["status"], row["left"]) for row in rows] == [

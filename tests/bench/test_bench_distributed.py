@@ -17,7 +17,21 @@ from bench.pool import workshop
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
-SWEEP = "run --tasks digits-mlp --ruleset one-shot --seeds 1 --budget 0.05x --progress none --workers 1".split()
+SWEEP = [
+    "run",
+    "--tasks",
+    "digits-mlp",
+    "--ruleset",
+    "one-shot",
+    "--seeds",
+    "1",
+    "--budget",
+    "0.05x",
+    "--progress",
+    "none",
+    "--workers",
+    "1",
+]
 
 
 def member(rank: int, port: int, command: list[str], die_after: int) -> None:

@@ -183,8 +183,9 @@ def test_tpe_asks_for_one_trial_at_a_time_and_learns_from_it() -> None:
     first = subject.plan({})
     assert len([s for s in first.wanted if s.phase == "tune"]) == 2
     assert first.left == 14 * 2 + 2 * 5
-    rates = [[t.lr for t in tuned(rank, sampler="tpe", trials=20)[0].trials]
-             for rank in (lambda hp: 0.3 - 0.1 * math.log10(hp["lr"]), lambda hp: 0.7 + 0.1 * math.log10(hp["lr"]))]  # fmt: skip
+    slopes = (lambda hp: 0.3 - 0.1 * math.log10(hp["lr"]), lambda hp: 0.7 + 0.1 * math.log10(hp["lr"]))
+    plans = [tuned(slope, sampler="tpe", trials=20)[0] for slope in slopes]
+    rates = [[trial.lr for trial in plan.trials] for plan in plans]
     assert rates[0][:5] == rates[1][:5]  # drawn before anything is known
     low, high = (statistics.median(row[10:]) for row in rates)
     assert low < high / 10
@@ -236,12 +237,8 @@ def test_a_method_without_a_rate_searches_what_it_has() -> None:
     spec = OptSpec("x", find("sgd").build, {"momentum": (0.0, 0.9)}, {"lr": 0.1})
     subject = Cell("digits-mlp", "sgd", Protocol(trials=5))
     vars(subject)["optimizer"] = spec
-    assert [settings.hp["momentum"] for settings in subject.plan({}).wanted if settings.phase == "tune"] == [
-        0,
-        0,
-        0.9,
-        0.9,
-    ]
+    tuning = [settings for settings in subject.plan({}).wanted if settings.phase == "tune"]
+    assert [settings.hp["momentum"] for settings in tuning] == [0, 0, 0.9, 0.9]
 
 
 def test_a_preset_has_its_recipe() -> None:

@@ -100,25 +100,25 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_after
     assert not other.claim("run")
 
 
-def test_of_many_who_claim_one_run_one_has_it(tmp_path: Path) -> None:
+def test_of_many_who_take_over_one_run_one_has_it(tmp_path: Path) -> None:
     Store(tmp_path).create()
-    for round_ in range(20):
+    for number in range(20):
+        run, won = f"run{number}", []
+        lock = tmp_path / "locks" / run
+        lock.write_text("elsewhere:1")
+        os.utime(lock, (0, 0))
         crew = [Store(tmp_path) for _ in range(8)]
         for store in crew:
-            store.held.add("x")  # so that the lock of this very process counts as one of a process that lives
-        won: list[bool] = []
-        claims = [
-            threading.Thread(target=lambda store=store, run=f"run{round_}": won.append(store.claim(run)))
-            for store in crew
-        ]
-        (tmp_path / "locks" / f"run{round_}").write_text("elsewhere:1")
-        os.utime(tmp_path / "locks" / f"run{round_}", (0, 0))
-        for store in crew:
-            store.held = _Everything()
-        for claim in claims:
-            claim.start()
-        for claim in claims:
-            claim.join()
+            store.held = _Everything()  # so that a lock of this very process counts as one of a process that lives
+
+        def claim(store: Store, run: str = run, won: list[bool] = won) -> None:
+            won.append(store.claim(run))
+
+        claims = [threading.Thread(target=claim, args=(store,)) for store in crew]
+        for each in claims:
+            each.start()
+        for each in claims:
+            each.join()
         assert sum(won) == 1
 
 
