@@ -48,9 +48,7 @@ def compare(kind: str, error_norm: float, mesh) -> None:
     alone, model = build(), build()
     group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     noise = torch.Generator().manual_seed(5)
-    single = DiceSGD(
-        alone.parameters(), error_norm_sum=error_norm, process_group=group, generator=noise, **SETTINGS
-    )
+    single = DiceSGD(alone.parameters(), error_norm_sum=error_norm, process_group=group, generator=noise, **SETTINGS)
     with PerSampleGradients(alone, loss_reduction="sum"):
         train(alone, single)
     if kind == "sharded":
