@@ -56,7 +56,8 @@ def _commands(folder: Path) -> list[list[str]]:
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [f"-L{path / 'lib'}", "-ltorch_cpu"]
     sources = [str(_CSRC / name) for name in ("library.cpp", "cpu.cpp", "cbo.cpp", "samples.cpp")]
     cuda_sources = [str(_CSRC / name) for name in ("cuda.cu", "cbo.cu")]
-    commands = [[*compiler, *FLAGS, *_CXX_FLAGS, "-shared", *include, *sources, "-o", str(folder / "_C.so"), *link]]
+    options = [*FLAGS, *_CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    commands = [[*compiler, *options, "-shared", *include, *sources, "-o", str(folder / "_C.so"), *link]]
     nvcc = shutil.which(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")) or shutil.which(
         "nvcc"
     )

@@ -514,7 +514,7 @@ class DiceSGD(DPSGD):
     Without noise its fixed points are those of SGD without clipping, if :math:`C_2 / B` is more than the norm of the
     mean clipped gradient there. The price is noise: :math:`E` is made of the data and released through
     :math:`\mathrm{clip}(E, C_2)` at every later step, without the help of sampling. ``docs/privacy`` has the theorem
-    that :meth:`~DPSGD.epsilon` computes and what it costs: at :math:`C_2 = 0.01\, C_1` some 40 % more noise than DP-SGD
+    that :meth:`~DPSGD.epsilon` computes and what it costs: at :math:`C_2 = 0.01\, C_1` some 35 % more noise than DP-SGD
     for the same epsilon, at :math:`C_2 = C_1` fifty times as much.
 
     Args:

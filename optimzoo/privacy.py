@@ -231,7 +231,7 @@ def _epsilon(
     shift = 0.0 if start is None else start
     if split and start is None:
         reach = max(0.0, *(-kind.balance for kind in kinds if kind.leaks))
-        shift = _minimum(quick, min(range(-5, 12 + math.ceil(min(reach, _STEEP))), key=quick), 1.0, 12)
+        shift = _minimum(quick, min(range(-5, 12 + math.ceil(min(reach, _STEEP)), 2), key=quick), 2.0, 14)
     elif split and accountant == "rdp":
         shift = _minimum(quick, shift, 0.3, 6)
     found = _renyi(library, kinds, shift, delta, _ORDERS)

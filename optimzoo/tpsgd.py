@@ -248,6 +248,7 @@ class TPSGD(Optimizer):
 
     def _attach(self) -> None:
         self._run: _Run | None = None
+        self._this = weakref.ref(self)
         hooks = [h for m in self._names for h in m._forward_pre_hooks.values() if isinstance(h, _Hook)]
         for owner in {hook.owner for hook in hooks} - {None, self}:
             owner.close()  # or both would train the model
@@ -273,13 +274,13 @@ class TPSGD(Optimizer):
         """Remove the hooks: the model is then trained by whatever its user chooses."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError("the optimizer of a DistributedDataParallel cannot be copied or pickled; use state_dict()")
         kept = ("model", "num_classes", "target_dim", "local_loss", "projection", "conv_target", "bptt", "base",
-                "update_in_forward", "store_projections", "process_group", "_names", "_places",
+                "update_in_forward", "store_projections", "process_group", "loss", "_names", "_places",
                 "_numbers")  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
@@ -315,7 +316,9 @@ class TPSGD(Optimizer):
         for name, param in self.model.named_parameters():
             if param.requires_grad and param not in known:
                 raise RuntimeError(f"{name!r} is new or was frozen when the optimizer was made: make another")
-        self._run = begun = _Run(targets, loss or self._true_loss)
+        # Lightning wraps an optimizer in an object that hands on what is read and keeps what is written.
+        this = cast(TPSGD, self._this())
+        this._run = begun = _Run(targets, loss or self._true_loss)
         if self.update_in_forward:
             self.zero_grad()  # a layer's step is one of all groups, of which one has gradients
         stacks = [module for module in self._names if isinstance(module, nn.RNNBase)]
@@ -327,7 +330,7 @@ class TPSGD(Optimizer):
             if self._run is begun:
                 raise RuntimeError("the model was not called within targets; calls of its parts train nothing")
         finally:
-            self._run = None
+            this._run = None
             for stack in stacks:
                 del vars(stack)["forward"]
 
@@ -716,13 +719,20 @@ class TPSGD(Optimizer):
         """Take groups, state and the seed of the projections from a checkpoint.
 
         Raises:
-            ValueError: it does not fit; nothing has changed then.
+            TypeError, ValueError: it does not fit; nothing has changed then.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         saved = state_dict.get("param_groups")
         if "state" not in state_dict or not saved or any("projection_seed" not in group for group in saved):
             raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
         self.base.load_state_dict(state_dict)
         self._share()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _unwrapped(model: Any) -> tuple[Any, Any]:

@@ -1,5 +1,11 @@
 """What holds for the whole suite: drawn examples repeat and may take their time. Emulated kernels."""
 
+import os
+
+# Here tensors are small: threads would wait for each other for longer than they work, on a busy machine ten times as
+# long. It holds for started processes too; tests of threads set their number. Before torch, which reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +17,7 @@ from hypothesis import settings
 from optimzoo import _build
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.register_profile("quick", parent=settings.get_profile("suite"), max_examples=8)  # make test-sanitize
 settings.load_profile("suite")
 
 
