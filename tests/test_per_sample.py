@@ -569,6 +569,9 @@ def test_what_cannot_be_followed_is_said_when_it_is_met():
             return y
 
     assert "what entered layer (Linear) has been changed in place since" in message(Changes(), x)
+    # Its states of zeros are those of one sample, which torch.func cannot write all samples' into.
+    recurrent = message(Recurrent().double(), torch.randn(4, 3, 5, dtype=torch.float64))
+    assert "torch.func cannot take the samples' gradients of inner (LSTM)" in recurrent
 
 
 def frozen(module):
