@@ -128,8 +128,10 @@ class _Patches(_Factors):
 
     def square_norms(self) -> tuple[Tensor, Tensor]:
         size_out, size_in = self.left.shape[2:], self.right.shape[2:]
-        grouped = ((len(x), self.groups, x.shape[1] // self.groups, -1) for x in (self.left, self.right))
-        left, right = (x.reshape(shape) for x, shape in zip((self.left, self.right), grouped, strict=True))
+        left, right = (
+            x.reshape(len(x), self.groups, x.shape[1] // self.groups, x.shape[2:].numel())
+            for x in (self.left, self.right)
+        )
         # The inner product of two patches is the sum of those of their pixels. A pixel is in many patches; its products
         # are taken once.
         pixels = (right.mT @ right).view(*right.shape[:2], *size_in, *size_in)
@@ -555,6 +557,12 @@ def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
+_MIXES = (
+    "mixes samples, so that a gradient is of no single one: use torch.nn.GroupNorm, or freeze it (eval() and "
+    "requires_grad_(False))"
+)
+
+
 def _problem(module: nn.Module) -> str:
     """Why samples' gradients of a model with this module in it are not to be had, or nothing."""
     kind = type(module)
@@ -570,10 +578,7 @@ def _problem(module: nn.Module) -> str:
     if any(param is not None and nn.parameter.is_lazy(param) for param in module._parameters.values()):
         return "has parameters without a shape: run a batch through the model first"
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or _trains(module)):
-        return (
-            "mixes samples, so that a gradient is of no single one: use torch.nn.GroupNorm, or freeze it (eval() and "
-            "requires_grad_(False))"
-        )
+        return _MIXES
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return "keeps statistics of the data without noise: set track_running_stats=False"
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and not module.batch_first and _trains(module):
@@ -634,8 +639,7 @@ def _affine(x: Tensor, grad: Tensor, weight: str | None, bias: str | None) -> _F
 def _embedding(module: nn.Embedding, x: Tensor, grad: Tensor, trained: frozenset[str]) -> _Found:
     if module.padding_idx is not None:
         grad = grad.masked_fill((x == module.padding_idx)[..., None], 0)
-    n = len(x)
-    return {"weight": _Rows(x.reshape(n, x.shape[1:].numel()), grad.reshape(n, x.shape[1:].numel(), -1))}
+    return {"weight": _Rows(_matrix(x), _positions(grad))}
 
 
 def _convolution(module: nn.Conv2d, x: Tensor, grad: Tensor, trained: frozenset[str]) -> _Found:
@@ -675,7 +679,7 @@ def _group_norm(module: Any, x: Tensor, grad: Tensor, trained: frozenset[str]) -
 
 
 def _mix(layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise RuntimeError(f"{layer.title} {_problem(layer.module)}")
+    raise RuntimeError(f"{layer.title} {_MIXES}")
 
 
 _ATTENTION = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
@@ -735,11 +739,11 @@ def _attend(
             project(x, weight, "in_proj_bias", i * width, (i + 1) * width)
             for i, (x, weight) in enumerate(zip((query, key, value), weights, strict=True))
         )
-    q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in projected)
+    q, k, v = (x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2) for x in projected)
     mask = None
     if attn_mask is not None:
         mask = _as_bias(attn_mask, q)
-        mask = mask.view(-1, heads, *mask.shape[-2:]) if mask.dim() == 3 else mask
+        mask = mask.view(len(mask) // heads, heads, *mask.shape[1:]) if mask.dim() == 3 else mask
     if key_padding_mask is not None:
         padding = _as_bias(key_padding_mask, q)[:, None, None]
         mask = padding if mask is None else mask + padding

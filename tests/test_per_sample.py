@@ -1,12 +1,21 @@
 """Samples' gradients of every kind of layer are those that torch.func computes, and so are their norms and sums."""
 
 import copy
+import itertools
+import math
+import operator
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimzoo import PerSampleGradients
+from optimzoo import PerSampleGradients, ops, per_sample
 from optimzoo.per_sample import FactoredSamples, norms, square_norms, weighted_sums
 
 
@@ -46,6 +55,15 @@ class Scale(nn.Module):
 
     def forward(self, x, factor=1.0):
         return self.inner(x * self.scale) * factor
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.LSTM(5, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x)[0]
 
 
 class CrossAttention(nn.Module):
@@ -120,6 +138,7 @@ MODELS = {
     "transformer-norm-first": (lambda: encoder(norm_first=True), (5, 16)),
 }
 N = 9
+WHOLE = ("whole", "attention-bias-kv")
 
 
 def case(name, dtype, n=N):
@@ -154,7 +173,7 @@ def tensor(samples):
 
 
 def quiet_engine(model, name, **options):
-    if name in ("whole", "attention-bias-kv"):
+    if name in WHOLE:
         with pytest.warns(UserWarning, match="every sample's gradient is kept and the forward pass computed twice"):
             return PerSampleGradients(model, **options)
     return PerSampleGradients(model, **options)
@@ -190,3 +209,490 @@ def test_samples_norms_and_sums_are_those_of_torch_func(name, dtype):
         wanted = torch.einsum("kn,n...->k...", rows, entry)
         scale = float(torch.einsum("kn,n...->k...", rows, entry.abs()).max())
         torch.testing.assert_close(torch.stack(sums).double(), wanted, rtol=0, atol=tight * scale)
+
+
+@pytest.mark.skipif(bool(ops.missing("cpu")), reason="needs the native library")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_native_passes_are_those_of_torch(dtype, data):
+    n = data.draw(st.sampled_from([0, 1, 2, 5, 17]))
+    shapes = data.draw(
+        st.lists(st.sampled_from([(), (0,), (3,), (3, 5), (1030,), (40, 43, 10)]), min_size=1, max_size=3)
+    )
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    samples = [torch.randn(n, *shape, generator=draw).to(dtype) for shape in shapes]
+    if data.draw(st.booleans()):
+        samples = [
+            entry.transpose(1, 2).contiguous().transpose(1, 2) if entry.dim() > 2 else entry for entry in samples
+        ]
+    rows = torch.rand(data.draw(st.integers(1, 2)), n, generator=draw, dtype=torch.float64)
+    dropped = torch.rand(n, generator=draw) < 0.3
+    rows[:, dropped] = 0
+    for entry in samples:
+        entry[dropped] = math.nan
+    own = [entry.double().reshape(n, entry.shape[1:].numel()) for entry in samples]
+
+    def check():
+        squares = sum(entry.square().sum(1) for entry in own)
+        torch.testing.assert_close(square_norms(samples), squares, rtol=1e-13, atol=0, equal_nan=True)
+        for entry, sums in zip(own, weighted_sums(samples, rows), strict=True):
+            wanted = rows @ torch.where(dropped[:, None], 0.0, entry)
+            assert all(total.dtype == torch.float64 for total in sums)
+            torch.testing.assert_close(torch.stack(sums).reshape(wanted.shape), wanted, rtol=1e-12, atol=1e-12)
+
+    check()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(per_sample, "_native", lambda name, tensors: None)
+        patch.setattr(per_sample, "_CHUNK", 4000)
+        check()
+
+
+@pytest.mark.skipif(bool(ops.missing("cpu")), reason="needs the native library")
+def test_native_passes_do_not_depend_on_the_threads():
+    samples = [torch.randn(33, 70, 601), torch.randn(33, 9)]
+    rows = torch.rand(2, 33, dtype=torch.float64)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append([square_norms(samples), *itertools.chain(*weighted_sums(samples, rows))])
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+@pytest.mark.skipif(bool(ops.missing("cpu")), reason="needs the native library")
+def test_native_passes_say_what_they_cannot_read():
+    products, sums = torch.ops.optimzoo.sample_products, torch.ops.optimzoo.weighted_sums
+    samples, out = torch.zeros(4, 3), torch.zeros(4, dtype=torch.float64)
+    rows, total = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    for wrong in (samples.T.contiguous().T, torch.zeros(5, 3), samples.int(), torch.zeros(())):
+        with pytest.raises(RuntimeError, match=r"left\[0\] and right\[0\] must be contiguous on the CPU"):
+            products([wrong], [], out)
+        with pytest.raises(RuntimeError, match=r"samples\[0\] must be contiguous on the CPU"):
+            sums([wrong], rows, [total])
+    with pytest.raises(RuntimeError, match=r"left\[0\] and right\[0\] must be contiguous on the CPU"):
+        products([samples], [samples.double()], out)
+    with pytest.raises(RuntimeError, match="right holds 1 tensors, left 2"):
+        products([samples] * 2, [samples], out)
+    with pytest.raises(RuntimeError, match="products must be float64 numbers"):
+        products([samples], [], out.float())
+    with pytest.raises(RuntimeError, match="sums holds 1 tensors, samples 2"):
+        sums([samples] * 2, rows, [total])
+    for wrong in (rows.float(), rows.repeat(2, 1), rows[0]):
+        with pytest.raises(RuntimeError, match="weights must be a contiguous float64 matrix"):
+            sums([samples], wrong, [total])
+    torch.library.opcheck(products.default, ([samples], [], out))
+    torch.library.opcheck(sums.default, ([samples], rows, [total]))
+
+
+def factored(n=3, positions=4, dtype=torch.float64, scale=1.0):
+    draw = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(n, positions, width, generator=draw, dtype=dtype) for width in (30, 20))
+    products = per_sample._Products(left, right)
+    rows = per_sample._Rows(
+        torch.randint(30, (n, 5), generator=draw), torch.randn(n, 5, 20, generator=draw, dtype=dtype)
+    )
+    shape = torch.Size((30, 20))
+    return [FactoredSamples(parts, shape, scale) for parts in ([products], [rows], [rows, products])]
+
+
+@pytest.mark.parametrize("power", [-300, -160, -80, 80, 160, 300])
+def test_norms_are_right_from_one_end_of_float64_to_the_other(power):
+    for entry in [*factored(), factored()[0].to_tensor()]:
+        usual = norms([entry])
+        if isinstance(entry, FactoredSamples):
+            half = 10.0 ** (power / 2)
+            parts = [
+                replace(part, right=part.right * (half * half), left=part.left)
+                if isinstance(part, per_sample._Rows)
+                else replace(part, left=part.left * half, right=part.right * half)
+                for part in entry._parts
+            ]
+            other = FactoredSamples(parts, entry.shape[1:])
+        else:
+            other = entry * 10.0**power
+        torch.testing.assert_close(norms([other]) / 10.0**power, usual, rtol=1e-12, atol=0)
+        # Beside samples of another size, and beside one that is not finite.
+        both = norms([other, torch.full((3, 2), 3.0, dtype=torch.float64)])
+        torch.testing.assert_close(both, torch.hypot(usual * 10.0**power, torch.tensor(18.0).double().sqrt()))
+        wrong = torch.tensor([[1.0], [math.nan], [math.inf]], dtype=torch.float64)
+        assert norms([other, wrong]).isfinite().tolist() == [True, False, False]
+
+
+def test_norms_do_not_understate_what_cancels():
+    # Two positions whose products are each other's negative but for a part in a million.
+    left = torch.randn(5, 1, 300)
+    right = torch.randn(5, 1, 200)
+    shift = 1e-4 * torch.randn(5, 1, 300)
+    entry = FactoredSamples(
+        [per_sample._Products(torch.cat([left, shift - left], 1), torch.cat([right, right], 1))], torch.Size((300, 200))
+    )
+    exact = (entry._parts[0].left.double().mT @ entry._parts[0].right.double()).flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms([entry]), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+def test_a_sample_without_a_weight_is_left_out_whatever_it_is(bad):
+    for dtype in (torch.float32, torch.bfloat16):
+        for entry in factored(dtype=dtype):
+            rows = torch.tensor([[0.5, 0.0, 2.0], [0.5, 0.0, 0.0]], dtype=torch.float64)
+            wanted = entry.weighted_sums(rows)
+            for part in entry._parts:
+                part.right[1] = bad
+                if part.left.is_floating_point():
+                    part.left[1] = bad
+            assert entry.square_norms()[[0, 2]].isfinite().all()
+            if math.isnan(bad) or math.isinf(bad):
+                assert not entry.square_norms()[1].isfinite()
+            for found, total in zip(entry.weighted_sums(rows), wanted, strict=True):
+                assert found.dtype == torch.float32
+                assert torch.equal(found, total)
+
+
+def test_micro_batches_are_lists_and_their_samples_follow_each_other():
+    model, inputs, weights = case("tied", torch.float64)
+    params = dict(model.named_parameters())
+    with PerSampleGradients(model, loss_reduction="sum"):
+        backward(model, inputs, weights)
+        whole = [param.grad_sample for param in params.values()]
+        for param in params.values():
+            param.grad_sample = None
+        for part in (slice(0, 4), slice(4, 4), slice(4, N)):
+            backward(model, inputs[part], weights[part])
+        parts = [param.grad_sample for param in params.values()]
+    assert all(isinstance(entry, list) and [len(part) for part in entry] == [4, 0, 5] for entry in parts)
+    torch.testing.assert_close(norms(parts), norms(whole), rtol=1e-12, atol=0)
+    rows = torch.rand(2, N, dtype=torch.float64)
+    for found, wanted in zip(weighted_sums(parts, rows), weighted_sums(whole, rows), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"samples\[1\] is of \[4, 0, 5\] samples, samples\[0\] of \[9\]"):
+        square_norms([whole[0], parts[1]])
+
+
+# torch's instance norm takes no batch of no samples.
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"instance-norm", "convnet"}))
+def test_an_empty_batch_has_gradients_of_no_samples(name):
+    model, inputs, weights = case(name, torch.float32, n=3)
+    with quiet_engine(model, name):
+        (model(inputs[:0]) * weights[:0]).sum().backward()
+    for param in model.parameters():
+        assert param.grad_sample.shape == (0, *param.shape)
+    samples = [param.grad_sample for param in model.parameters()]
+    assert norms(samples).shape == (0,)
+    for param, (total,) in zip(model.parameters(), weighted_sums(samples, torch.zeros(1, 0)), strict=True):
+        assert torch.equal(total, torch.zeros(param.shape, dtype=total.dtype))
+
+
+def test_the_model_is_as_it_was_after_errors_and_at_the_end():
+    model, inputs, weights = case("residual", torch.float32)
+    before = {name: (id(module), dict(module.__dict__)) for name, module in model.named_modules()}
+    params = [*model.parameters()]
+    engine = PerSampleGradients(model)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(torch.randn(N, 7))
+    assert all(map(operator.is_, params, model.parameters()))
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = model[1].norm.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(inputs)
+    handle.remove()
+    assert all(map(operator.is_, params, model.parameters()))
+    # A backward pass that failed leaves nothing for the next one.
+    outputs = model(inputs)
+    outputs.register_hook(lambda grad: None)
+    first = model[0].forward
+    hook = outputs.grad_fn.next_functions[0][0].register_prehook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.sum().backward()
+    hook.remove()
+    assert not any(hasattr(param, "grad_sample") for param in params)
+    backward(model, inputs, weights, "mean")
+    assert all(isinstance(param.grad_sample, torch.Tensor | FactoredSamples) for param in params)
+    assert model[0].forward is first
+    engine.remove()
+    engine.remove()
+    for name, module in model.named_modules():
+        assert (id(module), dict(module.__dict__)) == before[name]
+    backward(model, inputs, weights)
+    assert all(param.grad is not None for param in params)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "eval"])
+def test_nothing_is_recorded_without_gradients_or_in_eval_mode(how):
+    model, inputs, weights = case("transformer", torch.float32)
+    with torch.no_grad():
+        plain = model.eval()(inputs)
+    with PerSampleGradients(model.train(how == "no_grad")):
+        if how == "no_grad":
+            with torch.no_grad():
+                torch.testing.assert_close(model(inputs), plain)
+        else:
+            torch.testing.assert_close(model(inputs), plain)
+            with torch.no_grad():
+                torch.testing.assert_close(model(inputs), plain)  # by the layers' fast path
+            backward(model, inputs, weights)
+            assert all(param.grad is not None for param in model.parameters())
+        assert not any(hasattr(param, "grad_sample") for param in model.parameters())
+
+
+def test_frozen_parameters_get_none_and_the_rest_is_as_before():
+    model, inputs, weights = case("transformer", torch.float64)
+    exact = reference(model, inputs, weights)
+    frozen = {name for i, name in enumerate(exact) if i % 3 == 0}
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in frozen)
+    with PerSampleGradients(model, loss_reduction="sum"):
+        backward(model, inputs, weights)
+    for name, param in model.named_parameters():
+        assert hasattr(param, "grad_sample") == (name not in frozen)
+        if name not in frozen:
+            torch.testing.assert_close(tensor(param.grad_sample), exact[name], rtol=1e-9, atol=1e-10)
+
+
+def test_outputs_are_those_of_the_model_alone():
+    for name in ("attention-packed", "attention-separate", "transformer", "convnet", "tied"):
+        model, inputs, _ = case(name, torch.float64)
+        plain = model(inputs)
+        with PerSampleGradients(model):
+            torch.testing.assert_close(model(inputs), plain)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    heads = torch.randn(6, 5, 5, dtype=torch.float64)
+    padding = torch.zeros(3, 5, dtype=torch.float64).index_fill_(1, torch.tensor([4]), -math.inf)
+    for options in (
+        dict(attn_mask=causal, is_causal=True, need_weights=False),
+        dict(attn_mask=heads, key_padding_mask=padding, average_attn_weights=False),
+        dict(attn_mask=causal.double().masked_fill(causal, -math.inf), need_weights=True),
+    ):
+        plain = attention(x, x, x, **options)
+        with PerSampleGradients(attention):
+            found = attention(x, x, x, **options)
+            torch.testing.assert_close(found, plain)
+            with pytest.raises(RuntimeError, match=r"what enters the model \(MultiheadAttention\) has no dimension of"):
+                attention(x[0], x[0], x[0])
+
+
+def test_dropout_within_attention_is_followed():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, batch_first=True)
+    inputs = torch.randn(4, 5, 16)
+    state = torch.get_rng_state()
+    with PerSampleGradients(model, loss_reduction="sum"):
+        model(inputs).sin().sum().backward()
+        sums = [weighted_sums([param.grad_sample], torch.ones(1, 4))[0][0] for param in model.parameters()]
+        # The same masks, with the parameters as they are used by the same layers.
+        torch.set_rng_state(state)
+        for param in model.parameters():
+            param.grad_sample = None
+        model(inputs).sin()[:2].sum().backward()
+        half = [tensor(param.grad_sample) for param in model.parameters()]
+    for param, total, rows in zip(model.parameters(), sums, half, strict=True):
+        assert not rows[2:].any()
+        assert total.shape == param.shape
+        assert rows[:2].any()
+
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return torch.dropout(x, 0.5, self.training) * self.scale
+
+
+class Positions(nn.Module):
+    """Adds the same positions to all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.out = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.out(x + self.place(torch.arange(5)))
+
+
+class Outside(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(self.layer(x), self.layer.weight)
+
+
+def test_what_cannot_be_followed_is_said_when_it_is_met():
+    def step(model, inputs, mode):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine = PerSampleGradients(model)
+        with engine:
+            if mode:
+                mode()
+            model(inputs).sum().backward()
+
+    def message(model, inputs, mode=None):
+        with pytest.raises(RuntimeError) as error:
+            step(model, inputs, mode)
+        assert not any(hasattr(param, "grad_sample") for param in model.parameters())
+        return str(error.value)
+
+    x = torch.randn(4, 5, 3)
+    assert "the first dimension of place (Embedding) and of out (Linear) differs" in message(Positions(), x)
+    assert "layer.weight is used outside of its module's forward pass" in message(Outside(), x)
+    assert "the model (Random) draws random numbers" in message(Random(), x)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert "0.bias is used outside of its module's forward pass, or while that is in eval mode" in message(
+        model, x, lambda: model[0].eval()
+    )
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(5).eval().requires_grad_(False))
+    assert "1 (BatchNorm1d) mixes samples" in message(model, x, lambda: model.train())
+
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = x * 1
+            y = self.layer(x)
+            x += 1
+            return y
+
+    assert "what entered layer (Linear) has been changed in place since" in message(Changes(), x)
+    # Its states of zeros are those of one sample, which torch.func cannot write all samples' into.
+    recurrent = message(Recurrent().double(), torch.randn(4, 3, 5, dtype=torch.float64))
+    assert "torch.func cannot take the samples' gradients of inner (LSTM)" in recurrent
+
+
+def frozen(module):
+    return module.eval().requires_grad_(False)
+
+
+REFUSED = {
+    "batch norm": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)),
+        r"1 \(BatchNorm1d\) mixes samples.*GroupNorm",
+    ),
+    "statistics": (lambda: nn.InstanceNorm1d(2, track_running_stats=True), "track_running_stats=False"),
+    "recurrent": (
+        lambda: nn.LSTM(2, 2),
+        r"the model \(LSTM\) has the samples in the second dimension.*batch_first=True",
+    ),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2), r"self_attn \(MultiheadAttention\) .*batch_first=True"),
+    "norm of rows": (lambda: nn.Embedding(3, 2, max_norm=1.0), "max_norm must be None"),
+    "frequency": (lambda: nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq must be False"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"0 \(LazyLinear\) has parameters without a shape"),
+    "parallel": (lambda: nn.DataParallel(nn.Linear(2, 2)), "give the module that it wraps"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature", "ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_whose_samples_gradients_cannot_be_had_are_refused(name):
+    make, text = REFUSED[name]
+    model = make()
+    with pytest.raises(ValueError, match=text):
+        PerSampleGradients(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        PerSampleGradients(3)
+    with pytest.raises(ValueError, match="loss_reduction must be 'mean' or 'sum', got 'none'"):
+        PerSampleGradients(nn.Linear(2, 2), loss_reduction="none")
+    model = nn.Linear(2, 2)
+    with PerSampleGradients(model), pytest.raises(ValueError, match="has a PerSampleGradients already"):
+        PerSampleGradients(model)
+    PerSampleGradients(nn.Sequential(nn.Linear(2, 2), frozen(nn.BatchNorm1d(2)))).remove()
+
+
+def test_a_layer_called_in_both_of_two_passes_adds_up():
+    model, inputs, weights = case("tied", torch.float64)
+    other = inputs.flip(0)
+    params = dict(model.named_parameters())
+    first, second = reference(model, inputs, weights), reference(model, other, weights)
+    with PerSampleGradients(model, loss_reduction="sum"):
+        ((model(inputs).sin() * weights).sum() + (model(other).sin() * weights).sum()).backward()
+    for name, param in params.items():
+        torch.testing.assert_close(tensor(param.grad_sample), first[name] + second[name], rtol=1e-9, atol=1e-10)
+    squares = sum((first[name] + second[name]).reshape(N, -1).square().sum(1) for name in params)
+    torch.testing.assert_close(
+        norms([param.grad_sample for param in params.values()]), squares.sqrt(), rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_factors_are_multiplied_in_float32(dtype):
+    model, inputs, weights = case("linear-positions", torch.float32)
+    model = model.to(dtype)
+    with PerSampleGradients(model, loss_reduction="sum"):
+        (model(inputs.to(dtype)) * weights.to(dtype)).sum().backward()
+    entry = model.weight.grad_sample
+    assert isinstance(entry, FactoredSamples)
+    assert entry.dtype == torch.float32
+    exact = weights.to(dtype).double().mT @ inputs.to(dtype).double()
+    torch.testing.assert_close(entry.to_tensor().double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(norms([entry]), exact.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
+    assert model.bias.grad_sample.dtype == torch.float32
+
+
+def test_autocast_and_reduced_precision_have_no_part_in_the_products():
+    model, inputs, weights = case("linear-positions", torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with PerSampleGradients(model, loss_reduction="sum"), torch.autocast("cpu", torch.bfloat16):
+            (model(inputs).float() * weights).sum().backward()
+            entry = model.weight.grad_sample
+            (total,) = entry.weighted_sums(torch.ones(1, N, dtype=torch.float64))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    rounded = weights.bfloat16().double()
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(
+        total.double(), torch.einsum("ntp,ntd->pd", rounded, inputs.double()), rtol=1e-5, atol=1e-5
+    )
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+def test_samples_gradients_of_large_layers_are_never_there():
+    torch.manual_seed(0)
+    layers = {
+        "linear": (nn.Linear(300, 200), torch.randn(20, 3, 300)),
+        "conv": (nn.Conv2d(64, 96, 3, padding=1), torch.randn(20, 64, 3, 3)),
+        "embedding": (nn.Embedding(2000, 30), torch.randint(2000, (20, 9))),
+    }
+    for name, (layer, inputs) in layers.items():
+        wanted = layer.weight.numel() * len(inputs)
+        with PerSampleGradients(layer), Largest() as seen:
+            layer(inputs).sin().sum().backward()
+            samples = layer.weight.grad_sample
+            norms([samples])
+            weighted_sums([samples], torch.rand(2, 20))
+            assert 0 < seen.numbers < wanted / 4, name
+            samples.to_tensor()
+            assert seen.numbers >= wanted, name  # the mode does see what it is to see
