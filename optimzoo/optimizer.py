@@ -372,7 +372,8 @@ class Tensorwise(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients ({owner} has one)")
                 if group["weight_decay"] != 0:
                     raise RuntimeError(f"weight_decay does not go with sparse gradients ({owner} has one)")
-            if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+            shares = any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True))
+            if shares and param.numel():  # nothing is shared where there is nothing
                 raise RuntimeError(f"{owner} is expanded: its elements share memory; clone it")
             if step.numel() != 1 or step.dtype != torch.float32:
                 raise RuntimeError(f"the step of {owner} must be one float32 number, got {step!r}")
@@ -995,14 +996,14 @@ def _is_saved_group(group: Any) -> bool:
 def _same_strides(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape lie alike in memory; the stride of a dimension of size one means nothing."""
     rows = zip(one.stride(), other.stride(), other.shape, strict=False)
-    return one.dim() == other.dim() and all(a == b or size == 1 for a, b, size in rows)
+    return one.dim() == other.dim() and all(a == b or size == 1 or other.numel() == 0 for a, b, size in rows)
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a block of memory, in whatever order of dimensions."""
     expected = 1
     strides, shape = tensor.stride(), tensor.shape
-    dims = [dim for dim in range(tensor.dim()) if shape[dim] > 1]
+    dims = [dim for dim in range(tensor.dim()) if shape[dim] > 1 and tensor.numel()]
     while dims:  # not sorted by stride: torch.compile cannot
         innermost = [dim for dim in dims if strides[dim] == expected]
         if len(innermost) != 1:
