@@ -48,7 +48,7 @@ def test_every_test_that_is_named_exists(test):
 def ids(function) -> list[list[str]]:
     """For each mark of a test, what its rows are called."""
     marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
-    return [[str(getattr(row, "id", row) or row) for row in mark.args[1]] for mark in marks]
+    return [[row if isinstance(row, str) else str(getattr(row, "id", "")) for row in mark.args[1]] for mark in marks]
 
 
 @pytest.mark.parametrize(("name", "cell"), CELLS)
