@@ -1,4 +1,4 @@
-# make bench | test | test-integrations | lint | docs | wheel | step : each makes the environment that it needs.
+# make bench | test | test-integrations | test-sanitize | lint | docs | wheel | step : each makes the environment that it needs.
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OLD_TORCH ?= torch==2.13.0
@@ -7,7 +7,7 @@ ABI_VENV ?= .venv-abi
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 
-.PHONY: bench test test-integrations test-abi lint format docs wheel step clean
+.PHONY: bench test test-integrations test-abi test-sanitize lint format docs wheel step clean
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench run --out runs
@@ -29,6 +29,19 @@ test-abi: wheel $(ABI_VENV)/ready
 	rm -rf build/abi && mkdir -p build/abi && cp -r tests setup.cfg build/abi
 	cd build/abi && ../../$(ABI_VENV)/bin/python -P -c "import optimzoo; print(optimzoo.__file__)" | grep site-packages
 	cd build/abi && ../../$(ABI_VENV)/bin/pytest -q tests/test_native.py tests/test_reference.py
+
+# The tests of the native steps against a library that watches every access of memory and what the language leaves
+# undefined. The sanitizers' libraries have to be there before Python is; Python's own allocations count as leaks.
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer
+test-sanitize: $(VENV)/ready
+	rm -rf build/sanitize && mkdir -p build/sanitize/optimzoo
+	cp -r tests csrc setup.cfg build/sanitize && cp optimzoo/*.py build/sanitize/optimzoo
+	cd build/sanitize && CXXFLAGS='-O1 -g $(SANITIZERS)' ../../$(BIN)/python -c "import subprocess; \
+	  from optimzoo import _build; subprocess.run(_build._commands(_build.Path('optimzoo'))[0], check=True)"
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ../../$(BIN)/python -m pytest -q --hypothesis-profile quick tests/test_native.py tests/test_schemas.py \
+	  tests/test_random.py tests/test_reference.py tests/test_laws.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

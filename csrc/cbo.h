@@ -55,6 +55,7 @@ struct Cube {
     if (!facts.strided() || facts.dim != 3 || (facts.dtype != Dtype::f32 && facts.dtype != Dtype::f64))
       fail(name, " must be float32 or float64, of shape (runs, particles, coordinates)");
     if (facts.device_type != device_type) fail(name, " is on another device");
+    if (!facts.has_memory()) fail(name, " has no memory");
     data = facts.data;
     dtype = facts.dtype;
     device_index = facts.device_index;
@@ -74,8 +75,8 @@ inline void* array_of(const char* name, const Handle& tensor, int64_t numel, int
   int32_t type = 0;
   bool contiguous = false;
   aoti_torch_get_dtype(tensor.get(), &type);
-  aoti_torch_is_contiguous(tensor.get(), &contiguous);
-  if (!facts.strided() || facts.device_type != device_type || facts.numel != numel || type != dtype || !contiguous)
+  if (facts.strided()) aoti_torch_is_contiguous(tensor.get(), &contiguous);
+  if (!facts.has_memory() || facts.device_type != device_type || facts.numel != numel || type != dtype || !contiguous)
     fail(name, " must be contiguous, have ", numel, " elements, the right dtype and the right device");
   return facts.data;
 }
@@ -114,6 +115,7 @@ struct CboCall {
     ends = static_cast<const int64_t*>(array_of("ends", held[3], groups, aoti_torch_dtype_int64(), cpu));
     drift = static_cast<const double*>(array_of("drift", held[4], groups, f64, cpu));
     diffusion = static_cast<const double*>(array_of("diffusion", held[5], groups, f64, cpu));
+    if (groups == 0 && particles.coordinates > 0) fail("ends must have a number for each group");
     for (int64_t group = 0, begin = 0; group < groups; begin = ends[group++])
       if (ends[group] < begin || (group == groups - 1 && ends[group] != particles.coordinates))
         fail("ends must rise to the number of coordinates, ", particles.coordinates);

@@ -260,7 +260,7 @@ void dot(StableIValue* stack, uint64_t, uint64_t) {
   const List& right = other.empty() ? left : other;
   const Handle out(to<AtenTensorHandle>(stack[2]));
   const Facts result(out.get());
-  if (result.device_type != cpu || result.dtype != Dtype::f64 || result.numel != 1)
+  if (result.device_type != cpu || result.dtype != Dtype::f64 || result.numel != 1 || !result.has_memory())
     fail("out must be one float64 number on the CPU");
   if (left.size() != right.size()) fail("right holds ", right.size(), " tensors, left ", left.size());
 
@@ -270,7 +270,7 @@ void dot(StableIValue* stack, uint64_t, uint64_t) {
     if (a.device_type != cpu || b.device_type != cpu || a.dtype == Dtype::other || a.dtype != b.dtype || !a.strided() ||
         !b.strided() || !a.same_shape(b) || !a.same_strides(b) || !a.dense())
       fail("left[", i, "] and right[", i, "] must be dense floating-point CPU tensors of one shape, dtype and strides");
-    if (a.numel > 0 && (a.data == nullptr || b.data == nullptr)) fail("left[", i, "] or right[", i, "] has no memory");
+    if (!a.has_memory() || !b.has_memory()) fail("left[", i, "] or right[", i, "] has no memory");
     cut(a, b, pieces);
   }
   sum_pieces<1>(pieces, static_cast<double*>(result.data), [](Pair& piece, auto value) {

@@ -117,6 +117,9 @@ struct Facts {
     return layout == value;
   }
 
+  // False where the memory has been given back (torch.UntypedStorage.resize_).
+  bool has_memory() const { return data != nullptr || numel == 0; }
+
   bool same_shape(const Facts& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
 
   // Of tensors that share a shape. The stride of a dimension of size one means nothing, nor do those of no elements.
@@ -230,7 +233,8 @@ struct Call {
   void check_scalar(const char* name, const Handle& tensor, int32_t device_type) const {
     if (!tensor) return;
     const Facts facts(tensor.get());
-    if (facts.numel != 1 || facts.dtype == Dtype::other) fail(name, " must be one floating-point number");
+    if (facts.numel != 1 || facts.dtype == Dtype::other || !facts.has_memory())
+      fail(name, " must be one floating-point number");
     if (facts.device_type != aoti_torch_device_type_cpu() &&
         (facts.device_type != device_type || facts.device_index != device_index))
       fail(name, " is on another device than the first parameter");
@@ -279,7 +283,7 @@ struct Call {
           fail(list_name(list), "[", i, "] has another shape than its parameter");
         if (list != step && !facts.same_strides(param))
           fail(list_name(list), "[", i, "] has other strides than its parameter");
-        if (facts.data == nullptr && facts.numel > 0) fail(list_name(list), "[", i, "] has no memory");
+        if (!facts.has_memory()) fail(list_name(list), "[", i, "] has no memory");
         if (list == 1)
           item.grad = facts.data;
         else if (list >= 2 && list < step)

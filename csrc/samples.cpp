@@ -81,7 +81,7 @@ OZ_CLONES void compare(const P* after, P* before, int64_t n, bool keep, double* 
 // Contiguous, on the CPU, of a dtype that can be read; a vector is float64.
 inline bool readable(const Facts& facts, bool vector) {
   static const int32_t cpu = aoti_torch_device_type_cpu();
-  if (facts.device_type != cpu || !facts.strided() || facts.dtype == Dtype::other) return false;
+  if (facts.device_type != cpu || !facts.strided() || facts.dtype == Dtype::other || !facts.has_memory()) return false;
   int64_t expected = 1;
   for (int64_t i = facts.dim - 1; i >= 0; --i) {
     if (facts.sizes[i] != 1 && facts.strides[i] != expected) return facts.numel == 0;

@@ -342,6 +342,9 @@ class CBO(Optimizer):
             )
 
     def _check_group(self, group: Group) -> None:
+        for name, (low, high, allowed) in _RANGES.items():
+            if group[name] is not None or name not in _OPTIONAL:
+                check_number(name, group[name], low, high, allowed)
         for index, param in enumerate(group["params"]):
             if not param.is_floating_point():
                 raise ValueError(f"params[{index}] must have a real floating-point dtype, got {param.dtype}")
@@ -352,17 +355,15 @@ class CBO(Optimizer):
                 raise ValueError(f"params[{index}] is on {param.device}, the first one on {self._first.device}")
             if group["grad_drift"] and not param.requires_grad:
                 raise ValueError(f"grad_drift needs parameters that require gradients; params[{index}] does not")
-        for name, (low, high, allowed) in _RANGES.items():
-            if group[name] is not None or name not in _OPTIONAL:
-                check_number(name, group[name], low, high, allowed)
         for name, least_count in _COUNTS.items():
             value = group[name]
             if value is None and name in ("particle_batch", "patience"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if value < least_count:
-                raise ValueError(f"{name} must be at least {least_count}, got {value}")
+            if not least_count <= value < 2**63:
+                bound = f"at least {least_count}" if value < least_count else "below 2**63"
+                raise ValueError(f"{name} must be {bound}, got {value}")
         for name, choices in _CHOICES.items():
             if group[name] not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {group[name]!r}")
@@ -917,7 +918,13 @@ class CBO(Optimizer):
                 sizes = {**dict(zip(_SHAPES[name], shape, strict=True)), **sizes}
             floating = name not in ("waited", "queue")
             expected = tuple(sizes.get(size, size) for size in _SHAPES[name])
-            if not isinstance(value, Tensor) or shape != expected or value.is_floating_point() != floating:
+            plain = (
+                isinstance(value, Tensor)
+                and value.layout is torch.strided
+                and not value.is_meta
+                and not value.is_complex()
+            )
+            if not plain or shape != expected or value.is_floating_point() != floating:
                 got = f"{value.dtype} of shape {shape}" if isinstance(value, Tensor) else repr(value)
                 kind = "a floating-point" if floating else "an integer"
                 raise ValueError(f"{name} of {owner} must be {kind} tensor of shape {expected}, got {got}")

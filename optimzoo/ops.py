@@ -68,7 +68,11 @@ def _known(op: Any) -> Callable[..., None]:
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:
-    """Does to fake tensors what the ops do: nothing that could be seen."""
+    """Does to fake tensors what the ops do: nothing that could be seen. Real ones on meta come here, and are wrong."""
+    for arg in (*args, *kwargs.values()):
+        for tensor in arg if isinstance(arg, list) else [arg]:
+            if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_meta:
+                raise RuntimeError("a native step cannot work on meta tensors, which hold no numbers")
 
 
 # Those that belong to no rule; found here, not where they are called, for torch.compile cannot follow that.

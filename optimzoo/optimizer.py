@@ -373,9 +373,8 @@ class Tensorwise(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients ({owner} has one)")
                 if group["weight_decay"] != 0:
                     raise RuntimeError(f"weight_decay does not go with sparse gradients ({owner} has one)")
-            shares = any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True))
-            if shares and param.numel():  # nothing is shared where there is nothing
-                raise RuntimeError(f"{owner} is expanded: its elements share memory; clone it")
+            if _overlaps(param):
+                raise RuntimeError(f"{owner} is expanded or overlaps itself: its elements share memory; clone it")
             if step.numel() != 1 or step.dtype != torch.float32:
                 raise RuntimeError(f"the step of {owner} must be one float32 number, got {step!r}")
             _check_twin("gradient", owner, grad, param, param.dtype)
@@ -573,7 +572,7 @@ class Tensorwise(Optimizer):
                 got = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"{name} of {owner} must be a {kind} tensor of shape {tuple(like.shape)}, got {got}")
         step = state["step"]
-        if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta:
+        if isinstance(step, Tensor) and step.numel() == 1 and step.layout is torch.strided and not step.is_meta:
             step = step.item()
         if (
             isinstance(step, bool)
@@ -612,7 +611,8 @@ class Elementwise(Tensorwise):
         foreach: update all parameters by a few calls over lists. ``None``, the default, does so where nothing is fused.
         fused: update all parameters by one native call that makes no temporaries. ``None``, the default, does so
             where there is a native library for the device and the tensors fit: not sparse, without gaps or overlap
-            in memory, a gradient of the parameter's strides. ``True`` makes it an error if that cannot be.
+            in memory, a gradient of the parameter's strides, not complex within ``torch.compile``. ``True`` makes it an
+            error if that cannot be.
         state_dtype: ``torch.bfloat16`` keeps the state in half the memory of float32, of float32, bfloat16 and float16
             parameters, by stochastic rounding. Default ``None``: float32, or float64 for float64 parameters.
         rounding: what becomes of the bits that a 16-bit parameter cannot hold. ``"nearest"``, the default and what
@@ -967,14 +967,8 @@ def load_state(
     loaded: dict[str, Any] = {}
 
     def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
+        check_form(state_dict)
         saved, own = state_dict["param_groups"], optimizer.param_groups
-        if not isinstance(saved, list) or not all(_is_saved_group(group) for group in saved):
-            raise ValueError("param_groups of state_dict must be a list of dictionaries, each with a list of names")
-        if not isinstance(state_dict["state"], dict):
-            raise ValueError(f"state of state_dict must be a dictionary, got {state_dict['state']!r}")
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
             return state_dict  # torch has an error for this
         loaded.update(complete(state_dict))
@@ -989,6 +983,20 @@ def load_state(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_form(state_dict: Any) -> None:
+    """Raise unless this is a dictionary of the form that ``state_dict`` of any optimizer has."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be a dictionary, got {state_dict!r}")
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
+    saved, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(saved, list) or not all(_is_saved_group(group) for group in saved):
+        raise ValueError("param_groups of state_dict must be a list of dictionaries, each with a list of names")
+    if not isinstance(state, dict):
+        raise ValueError(f"state of state_dict must be a dictionary, got {state!r}")
 
 
 def _is_saved_group(group: Any) -> bool:
@@ -1016,17 +1024,33 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements share memory."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    reach, offsets = 0, torch.zeros((), dtype=torch.int64, device="cpu")
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    for stride, size in dims:
+        if stride == 0:
+            return True
+        if stride <= reach:  # they may still lie between each other
+            for stride_, size_ in dims:
+                offsets = offsets[..., None] + stride_ * torch.arange(size_, device="cpu")
+            return len(set(offsets.flatten().tolist())) < offsets.numel()
+        reach += stride * (size - 1)
+    return False
+
+
 def check_number(name: str, value: Any, low: float, high: float, allowed: str, above: bool = False) -> None:
     """Raise unless a number is at least ``low``, or ``above`` it, and less than ``high``; ``allowed`` says so."""
     if isinstance(value, Tensor) and name == "lr":
         if value.numel() != 1:
             raise ValueError(f"lr must be one number, got a tensor of shape {tuple(value.shape)}")
         value = value.item()
+    if isinstance(value, int) and abs(value) >= 2**63:  # beyond what torch takes beside a tensor
+        raise ValueError(f"{name} must be {allowed}, got {value!r}, a whole number of more than 63 bits")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number of more than 308 digits
-        number = math.inf  # too large, or too small, for every range
+    number = float(value)
     if not low <= number < high or (above and value == low):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

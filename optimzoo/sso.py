@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Group, check_number, local, sum_of_products, warn
+from optimzoo.optimizer import Group, check_form, check_number, local, sum_of_products, warn
 
 Targets: TypeAlias = Tensor | tuple[Tensor, ...]
 Closure: TypeAlias = Callable[[], tuple[Targets, Callable[[Any], Tensor] | Tensor]]
@@ -61,12 +61,34 @@ class Armijo(Optimizer):
             TypeError, ValueError: a setting is not a number, out of range, or not that of the first group.
         """
         given: Group = dict(param_group)
-        for name, low, allowed in (("lr", 0.0, "finite and > 0"), ("growth", 1.0, "finite and >= 1")):
+        for name in ("lr", "growth"):
             first = (self.param_groups or [self.defaults])[0][name]
-            check_number(name, given.setdefault(name, first), low, math.inf, allowed, above=name == "lr")
+            self._check(name, given.setdefault(name, first))
             if self.param_groups and given[name] != first:
                 raise ValueError(f"{name} is one for all groups, got {first!r} and {given[name]!r}")
         super().add_param_group(given)
+
+    @staticmethod
+    def _check(name: str, value: Any) -> None:
+        low, allowed = (1.0, "finite and >= 1") if name == "growth" else (0.0, "finite and > 0")
+        check_number(name, value, low, math.inf, allowed, above=name != "growth")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim``.
+
+        Raises:
+            TypeError, ValueError: a setting or a step size that cannot be one; nothing has changed then.
+        """
+        check_form(state_dict)
+        for group in state_dict["param_groups"]:
+            for name in ("lr", "growth"):
+                self._check(name, group.get(name))
+        for row in state_dict["state"].values():
+            if not isinstance(row, dict):
+                raise ValueError(f"the state of a parameter must be a dictionary, got {row!r}")
+            if "step_size" in row:
+                self._check("step_size", row["step_size"])
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # the closure is not optional
@@ -287,9 +309,13 @@ class SSO(Optimizer):
             TypeError, ValueError: groups or values that do not fit, or a dictionary of another class; nothing has
                 changed then.
         """
+        check_form(state_dict)
         for key in ("inner", "targets", "counts"):
             if key not in state_dict:
                 raise ValueError(f"state_dict lacks {key!r}; it has {sorted(map(str, state_dict))}")
+        check_form(state_dict["inner"])
+        for group in state_dict["param_groups"]:
+            check_number("lr", group.get("lr"), *_POSITIVE, above=True)
         targets, counts = state_dict["targets"], state_dict["counts"]
         if not isinstance(targets, dict) or targets.keys() != self._targets.keys():
             raise ValueError(f"state_dict['targets'] must have lr and sum_sq, got {targets!r}")
@@ -300,6 +326,9 @@ class SSO(Optimizer):
             raise ValueError(f"state_dict['targets']['sum_sq'] must be None or a list of tensors, got {sums!r}")
         if not isinstance(counts, dict) or counts.keys() != self.counts.keys():
             raise ValueError(f"state_dict['counts'] must have {', '.join(self.counts)}, got {counts!r}")
+        for name, count in counts.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"state_dict['counts'][{name!r}] must be a whole number >= 0, got {count!r}")
         with self._undone_by_errors([]):
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
             self.inner.load_state_dict(state_dict["inner"])

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from optimzoo import random
 from optimzoo.adagrad import AdaGradNorm
-from optimzoo.optimizer import check_flags, check_number
+from optimzoo.optimizer import check_flags, check_form, check_number
 
 _LAYERS = (nn.Linear, nn.Bilinear, conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
 # They have parameters and no target of their own: they are trained with the layer before them, or after them.
@@ -195,8 +195,7 @@ class TPSGD(Optimizer):
                     "bptt", "update_in_forward", "store_projections")  # fmt: skip
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+        _check_seed(seed)
         takes = inspect.signature(base.step).parameters.get("closure") if hasattr(base, "step") else None
         if not isinstance(base, type) or not issubclass(base, Optimizer) or not takes or takes.default is takes.empty:
             raise TypeError(f"base must be a class of optimizers that step without a closure, got {base!r}")
@@ -726,13 +725,23 @@ class TPSGD(Optimizer):
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        saved = state_dict.get("param_groups")
-        if "state" not in state_dict or not saved or any("projection_seed" not in group for group in saved):
-            raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError("the state dict is not one of TPSGD: it lacks state or groups")
+        check_form(state_dict)
+        for group in state_dict["param_groups"]:
+            if "projection_seed" not in group:
+                raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
+            check_number("lr", group.get("lr"), 0.0, math.inf, "finite and >= 0")
+            _check_seed(group["projection_seed"])
         self.base.load_state_dict(state_dict)
         self._share()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def _unwrapped(model: Any) -> tuple[Any, Any]:

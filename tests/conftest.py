@@ -6,6 +6,7 @@ import os
 # long. It holds for started processes too; tests of threads set their number. Before torch, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,7 @@ def emulated_ops(tmp_path_factory):
     library = tmp_path_factory.mktemp("emulated") / "emulated.so"
     sources = ["-x", "c++", *map(str, sorted((root / "csrc").glob("*.cu"))), str(root / "csrc/library.cpp")]
     flags = [*_build.FLAGS, "-O2", "-fPIC", "-fvisibility=hidden", "-DOZ_EMULATED", "-pthread", "-shared"]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     folder = Path(torch.__file__).parent
     include = ["-I", str(root / "tests/emulation"), "-isystem", str(folder / "include")]
     link = [f"-L{folder / 'lib'}", "-ltorch_cpu"]

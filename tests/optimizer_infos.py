@@ -348,8 +348,7 @@ infos: list[Info] = [
     Info(
         optimzoo.DiceSGD,
         {
-            # Nothing is cut off: a checkpoint has no error state, and a run that is loaded would differ by it.
-            "default": {**_PRIVATE, "lr": 0.01, "error_norm_sum": 1.0, "max_grad_norm": 1e3},
+            "default": {**_PRIVATE, "lr": 0.01, "error_norm_sum": 1.0},
             "capped": {**_PRIVATE, "lr": 0.01, "error_norm_sum": 0.5, "windup_cap": True},
             "SGD behind": {**_PRIVATE, "error_norm_sum": 1.0, "base": torch.optim.SGD, "momentum": 0.9},
         },
