@@ -14,7 +14,7 @@ from bench import stats
 from bench.pool import attempt
 from bench.protocol import RAISED, Cell, score
 from bench.run import Machine, Settings, environment
-from bench.store import Record, Store
+from bench.store import Record, Store, finite
 from bench.sweep import cells
 
 CLOSE = 0.02  # of a metric, in parts of it: what a run may differ by where its bits are not those of this machine
@@ -69,7 +69,7 @@ def again(record: Record, data_root: Path | None) -> tuple[str, bool]:
         with tempfile.TemporaryDirectory() as folder:
             store = Store(folder)
             store.create()
-            new = attempt(settings, store, machine)
+            new = finite(attempt(settings, store, machine))  # as the store has it
     finally:
         torch.set_num_threads(threads)
     title = f"{settings.id} {settings.task} {settings.method} {settings.phase} seed {settings.seed}"
@@ -81,11 +81,13 @@ def again(record: Record, data_root: Path | None) -> tuple[str, bool]:
     other = [key for key in ("cpu", "device", "torch", "python") if record["env"].get(key) != now[key]]
     metric = next(iter(record["metrics"]))
     was, got = record["metrics"][metric], new["metrics"][metric]
-    change = f"{metric} {was:.6g} before, {got:.6g} now"
+    change = f"{metric} {was} before, {got} now"
     if device == "cpu" and not other:
         return f"{title}: other bits on the same machine, {change}", False
     where = ", ".join(f"{key} {record['env'].get(key)} before" for key in other) or device
-    return f"{title}: other bits ({where}), {change}", abs(got - was) <= CLOSE * max(abs(was), abs(got))
+    return f"{title}: other bits ({where}), {change}", was == got or (
+        None not in (was, got) and abs(got - was) <= CLOSE * max(abs(was), abs(got))
+    )
 
 
 def compare(old: Store, new: Store) -> list[str]:

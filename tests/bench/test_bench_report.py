@@ -418,6 +418,7 @@ def test_the_page_lives(browser: Any, store: Store, tmp_path: Path) -> None:
     assert shown(0) == shown(1) > 0
 
     page.locator("#all summary").click()
+    page.locator("#runs tbody tr").first.wait_for()  # they are drawn after the click
     assert len(column("#runs", 0)) == 300
     page.locator("#filter").fill("sgd final fm14")
     assert set(column("#runs", 0)) == {"fm14"}

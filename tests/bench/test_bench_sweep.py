@@ -1,5 +1,6 @@
 """Several workers, several processes, and what goes wrong: no run is lost, none is done twice."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -243,3 +244,16 @@ def test_a_sweep_over_all_methods_killed_again_and_again_ends_with_the_same_bits
     assert {record["id"]: record["weights"] for record in lines(killed)} == wanted
     assert len(lines(killed)) == len(wanted)
     assert Store(killed).unfinished() == []
+
+
+def test_a_run_that_diverged_diverges_again_and_is_the_same(store: Store) -> None:
+    from bench.evidence import again
+    from bench.run import train
+
+    (settings,) = one_shot(store, "broken:Explodes", seeds=1)[0].plan({}).wanted
+    store.append(train(dataclasses.replace(settings, hp={"lr": 1e9}), store))
+    (record,) = store.records().values()
+    assert record["metrics"]["loss"] is None
+    line, same = again(record, None)
+    assert same
+    assert "the same bits" in line
