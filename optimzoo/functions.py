@@ -224,7 +224,7 @@ class Scene:
         absolute, relative = self.noise
         draws = torch.empty(2, x.shape[-2] if x.dim() > 1 else 1, self.dim, dtype=torch.float64)
         one, two = normal(draws, seed=self.seed, draw=step).to(x.device)
-        wrong = absolute * one
+        wrong: Tensor = absolute * one
         if relative:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
@@ -338,10 +338,10 @@ SCENES: dict[str, _Any | _Fixed] = {
     "two_basins": _Fixed(two_basins, [[1.2, 0.0]], 0.0, [[-2.5, 2.5], [-2.0, 2.0]], [-2.1, 1.2], 150),
     "plateau": _Any(plateau, 0.0, 0.0, (-2.6, 2.6), (-1.7, 1.3), 200),
     "styblinski_tang": _Any(styblinski_tang, -2.9035340277711770, -39.166165703771415, (-4.5, 4.5), (0.05, -0.3), 150),
-    "levy": _Any(levy, 1.0, 0.0, (-6.0, 6.0), (-4.2, -3.0), 250),
-    "griewank": _Any(griewank, 0.0, 0.0, (-8.0, 8.0), (-5.2, 6.3), 250),
-    "ackley": _Any(ackley, 0.0, 0.0, (-3.0, 3.0), (-2.3, 1.6), 200),
-    "rastrigin": _Any(rastrigin, 0.0, 0.0, (-3.0, 3.0), (-2.3, 1.7), 200),
+    "levy": _Any(levy, 1.0, 0.0, (-6.0, 6.0), (4.5, -3.2), 250),
+    "griewank": _Any(griewank, 0.0, 0.0, (-8.0, 8.0), (-2.0, 5.0), 250),
+    "ackley": _Any(ackley, 0.0, 0.0, (-3.0, 3.0), (-2.6, 2.3), 200),
+    "rastrigin": _Any(rastrigin, 0.0, 0.0, (-3.0, 3.0), (-1.4, 1.3), 200),
     "canyon": _Fixed(canyon, [[0.0, 0.0]], 0.0, [[-2.0, 8.0], [-2.0, 8.0]], [7.0, 6.0], 300),
     "f1": _Fixed(f1, [[-0.3]], 0.0, [[-1.0, 1.0]], [-1.0], 300),
     "f2": _Fixed(f2, [[_F2]], 0.00011977146994468502, [[-1.1, 1.0]], [-1.0], 300),
