@@ -244,7 +244,7 @@ def by_particles(
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", torch.optim.SGD),
-    "momentum": Method("SGD, momentum 0.9", torch.optim.SGD, dict(momentum=0.9)),
+    "momentum": Method("SGD + momentum", torch.optim.SGD, dict(momentum=0.9)),
     "adam": Method("Adam", torch.optim.Adam),
     "adamw": Method("AdamW", torch.optim.AdamW, dict(weight_decay=0.0)),
     "rmsprop": Method("RMSprop", torch.optim.RMSprop),
@@ -340,8 +340,9 @@ class Tune:
     """How ``"auto"`` chooses a learning rate, for all methods alike.
 
     Each of ``trials`` rates, equally spaced in their logarithm from ``low`` to ``high``, runs from ``starts`` points
-    near the scene's, which are not shown. The rate is chosen whose score is lowest: the mean over the steps of the
-    logarithm of the gap to the minimum, as a share of the first gap, from 1e-8 to 1e3; of that, the mean over starts.
+    near the scene's, which are not shown. The rate is chosen whose score is lowest: the mean over steps and starts of
+    the logarithm of the gap to the minimum, as a share of the first gap, from 1e-8 to 1e3. A run that leaves the
+    scene's box, with a tenth of it on each side, scores as the worst.
     """
 
     trials: int = 31
@@ -369,11 +370,20 @@ class Tune:
         return it.start + moves * 0.05 * (it.box[:, 1] - it.box[:, 0])
 
 
-def score(losses: Tensor, least: float) -> Tensor:
-    """The scores (variants,) of losses (variants, starts, steps + 1); see :class:`Tune`."""
-    gap = (losses - least).nan_to_num(math.inf, math.inf, math.inf)
-    share = (gap / gap[..., :1].clamp_min(1e-300)).clamp(1e-8, 1e3)
-    return share.log10().mean((-2, -1))
+def score(it: Scene, points: Tensor) -> Tensor:
+    """The scores (variants,) of points (variants, starts, steps + 1, d); see :class:`Tune`."""
+    gap = (it.value(points) - it.least).nan_to_num(math.inf, math.inf, math.inf)
+    room = 0.1 * (it.box[:, 1] - it.box[:, 0])
+    inside = ((points >= it.box[:, 0] - room) & (points <= it.box[:, 1] + room)).all(-1).all(-1)
+    return torch.where(inside, _log_share(gap), math.log10(_WORST)).mean(-1)
+
+
+_BEST, _WORST = 1e-8, 1e3
+
+
+def _log_share(gap: Tensor) -> Tensor:
+    """The mean over the steps of the logarithm of the gap's share."""
+    return (gap / gap[..., :1].clamp_min(1e-300)).clamp(_BEST, _WORST).log10().mean(-1)
 
 
 @dataclass(frozen=True)
@@ -514,7 +524,7 @@ def trace(
         variants: list[Options] = [dict(lr=rate) for rate in rates]
         points, cost = paths(it, entry, variants, every, steps, progress=progress)
         losses, slopes = it.value(points), it.gradient(points).norm(dim=-1)
-        scores = score(losses[:, len(shown) :], it.least)
+        scores = score(it, points[:, len(shown) :])
         chosen = int(scores.argmin()) if given is None else rates.index(given)
         about = (scores.tolist(), chosen, given is None, entry.default_lr)
         runs.append(Run(name, entry.label, rates, points, cost, losses, slopes, *about))
@@ -540,7 +550,7 @@ def tuned_rate(it: Scene, spec: Any, steps: int | None, tune: Tune | None, progr
     """The learning rate that :class:`Tune` chooses."""
     tune = tune or Tune()
     found = paths(it, spec, [dict(lr=rate) for rate in tune.rates], tune.around(it), steps, progress=progress)
-    return tune.rates[int(score(it.value(found.points), it.least).argmin())]
+    return tune.rates[int(score(it, found.points).argmin())]
 
 
 def basins(
@@ -656,7 +666,7 @@ def sweep(
             variants.append(options)
     starts = (tune or Tune()).around(it)
     points = paths(it, entry, variants, starts, steps, progress=progress).points
-    scores = score(it.value(points), it.least).view(len(ys), len(xs))
+    scores = score(it, points).view(len(ys), len(xs))
     usual = (_value({**defaults, **entry.options}, x[0]), _value({**defaults, **entry.options}, y[0]))
     return Sweep(xs, ys, scores, (x[0], y[0]), usual, it, entry.label)
 
@@ -732,7 +742,7 @@ def matrix_updates(
     """What methods make of a matrix's gradient: singular values of updates in a least squares problem.
 
     The loss is half the squared distance of A W to A W*, per row, with A of the given condition. All methods have the
-    same grid of learning rates; the rate is chosen that :func:`score` ranks first, over the one run. ``"muon"`` is
+    same grid of learning rates; the rate is chosen whose mean logarithm of the loss is lowest. ``"muon"`` is
     ``torch.optim.Muon``.
     """
     rows, columns = shape
@@ -763,7 +773,8 @@ def matrix_updates(
                 values.append(torch.linalg.svdvals(step))
             losses.append((a @ (weight.detach() - wanted)).square().sum() / (2 * rows))
             tried.append((torch.stack(values), torch.stack(losses)))
-        best = int(score(torch.stack([losses for _, losses in tried])[:, None], 0.0).argmin())
+        gaps = torch.stack([losses for _, losses in tried]).nan_to_num(math.inf)
+        best = int(_log_share(gaps).argmin())
         found.append(Updates(entry.label, *tried[best], rates[best]))
         progress("matrices", done + 1, len(methods))
     return found

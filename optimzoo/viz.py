@@ -34,7 +34,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patheffects import Normal, Stroke
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullLocator
     from PIL import Image, features
 except ImportError as error:
     raise ImportError(f"optimzoo.viz needs the extra plot, pip install 'optimzoo[plot]': {error}") from error
@@ -74,7 +74,7 @@ DASHES: tuple[tuple[float, ...], ...] = (
 )  # fmt: skip
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "h")
 
-_GROUND = LinearSegmentedColormap.from_list("ground", ["#b7c9d9", "#dbe5ed", "#f0f4f7", "#fbfcfd"])
+_GROUND = LinearSegmentedColormap.from_list("ground", ["#93b0c8", "#c6d6e3", "#e6edf2", "#f9fbfc"])
 _INK, _LINE, _FAINT = "#24303c", "#8ea3b5", "#dde3e8"
 _RATES = LinearSegmentedColormap.from_list("rates", ["#00204d", "#31446b", "#666970", "#b08a3e", "#e69f00", "#d55e00"])
 
@@ -146,7 +146,7 @@ def _named(run: Run) -> str:
 def levels(gap: Points, count: int = 18) -> Points:
     """Contour levels of values >= 0: between those equally spaced in the logarithm and those of equal areas."""
     positive = gap[np.isfinite(gap) & (gap > 0)]
-    low, high = max(positive.min(), positive.max() * 1e-7), positive.max()
+    low, high = max(np.quantile(positive, 0.004), positive.max() * 1e-7), positive.max()
     spaced = np.linspace(math.log(low), math.log(high), count)
     ranked = np.log(np.quantile(positive, np.linspace(0.002, 1, count)).clip(low, high))
     found: Points = np.unique(np.exp((spaced + ranked) / 2))
@@ -160,7 +160,7 @@ def landscape(it: Scene, ax: Axes | None = None, *, grid: int = 240, steps: int 
     """
     ax = _axes(ax)
     if it.dim > 2:
-        raise ValueError(f"only scenes of one or two dimensions can be drawn, {it.name} has {it.dim}; see loss")
+        raise ValueError(f"only scenes of one or two dimensions can be drawn, {it.name} has {it.dim}; see viz.loss")
     low, high = it.box[:, 0].tolist(), it.box[:, 1].tolist()
     if it.dim == 1:
         low, high = [*low, 0.0], [*high, float(steps or it.steps)]
@@ -181,7 +181,7 @@ def landscape(it: Scene, ax: Axes | None = None, *, grid: int = 240, steps: int 
         side.set_visible(True)
         side.set_color(_LINE)
     if it.dim == 2:
-        ax.plot(it.minima[:, 0], it.minima[:, 1], ls="", marker="*", ms=14, mfc="#ffd84d", mec=_INK, mew=0.8, zorder=6)
+        ax.plot(it.minima[:, 0], it.minima[:, 1], ls="", marker="*", ms=19, mfc="#ffd84d", mec=_INK, mew=0.8, zorder=6)
     else:
         ax.set_xlabel("x", fontsize=9, color=_INK)
         ax.set_ylabel("step", fontsize=9, color=_INK)
@@ -198,6 +198,11 @@ def _drawn(points: Tensor) -> Points:
     fine = points.isfinite().all(1) & (points.abs() < 1e6).all(1)
     drawn: Points = points[: int(fine.int().cumprod(0).sum())].numpy()
     return drawn
+
+
+def _end(index: int, tr: Trace) -> float:
+    """The size of a mark at an end: smaller ones lie on larger ones where runs end at one point."""
+    return 5.5 + 1.5 * (len(tr.runs) - 1 - index)
 
 
 def _start(ax: Axes, it: Scene, points: Tensor) -> None:
@@ -218,8 +223,8 @@ def contour(tr: Trace, ax: Axes | None = None) -> Axes:
             dots = line[:: max(1, steps // 10)][1:].T
             ax.plot(*dots, ls="", marker=".", ms=4.5, color=style.colour, alpha=alpha, zorder=5)
             if len(line) == steps + 1:
-                ax.plot(*line[-1], marker=style.mark, ms=8.5, mfc=style.colour, mec="white", mew=1.1, zorder=8,
-                        ls="", clip_on=tr.scene.dim == 2)  # fmt: skip
+                mark: dict[str, Any] = dict(marker=style.mark, mfc=style.colour, mec="white", mew=0.7, ls="", zorder=8)
+                ax.plot(*line[-1], ms=_end(index, tr), clip_on=tr.scene.dim == 2, **mark)
             if k == 0:
                 ax.plot([], [], **style.line(2.0), marker=style.mark, ms=7, mec="white", label=_named(run))
     _start(ax, tr.scene, tr.path(tr.runs[0]))
@@ -240,8 +245,8 @@ def loss(tr: Trace, ax: Axes | None = None) -> Axes:
         fine = middle.isfinite()
         ax.plot(x[fine], middle[fine], **style.line(), label=_named(run), zorder=4)
         if fine.all():
-            ax.plot([float(x[-1])], [float(middle[-1])], ls="", marker=style.mark, ms=7, mfc=style.colour, mec="white",
-                    mew=1, zorder=5, clip_on=False)  # fmt: skip
+            ax.plot([float(x[-1])], [float(middle[-1])], ls="", marker=style.mark, ms=_end(index, tr), mfc=style.colour,
+                    mec="white", mew=1, zorder=5, clip_on=False)  # fmt: skip
         tops.append(float(gap[:, 0].median()))
     ax.set_yscale("log")
     low, _ = ax.get_ylim()
@@ -253,7 +258,7 @@ def loss(tr: Trace, ax: Axes | None = None) -> Axes:
     else:
         ax.set_xlim(0, longest)
     ax.yaxis.set_major_locator(LogLocator(numticks=7))
-    ax.yaxis.set_minor_locator(LogLocator(numticks=1))
+    ax.yaxis.set_minor_locator(NullLocator())
     return ax
 
 
@@ -310,7 +315,7 @@ def fan(tr: Trace, name: str, ax: Axes | None = None) -> Axes:
 
 def rates(tr: Trace, ax: Axes | None = None) -> Axes:
     """The score of every learning rate of every method: chosen rates marked, defaults as open rings."""
-    ax = _plain(_axes(ax, (5.6, 3.6)), "Score by learning rate (lower is better)", "learning rate")
+    ax = _plain(_axes(ax, (5.6, 3.6)), "Score by learning rate: lower is better; ring: the default", "learning rate")
     for index, run in enumerate(tr.runs):
         style = look(index)
         ax.plot(run.rates, run.scores, **style.line(), label=_named(run))
@@ -319,7 +324,6 @@ def rates(tr: Trace, ax: Axes | None = None) -> Axes:
         if run.default_lr and run.rates[0] <= run.default_lr <= run.rates[-1]:
             there = np.interp(math.log(run.default_lr), np.log(run.rates), run.scores)
             ax.plot([run.default_lr], [there], ls="", marker="o", ms=7, mfc="none", mec=style.colour, mew=1.4, zorder=6)
-    ax.plot([], [], ls="", marker="o", mfc="none", mec=_INK, label="_default lr")
     ax.set_xscale("log")
     ax.axhline(0, color=_LINE, lw=0.8, zorder=1)
     return ax
@@ -408,7 +412,7 @@ def anatomy(found: Anatomy, axes: Sequence[Axes] | None = None) -> list[Axes]:
     for k, (name, values) in enumerate(found.states.items()):
         if values.shape[1] == found.updates.shape[1] and not (values == values[0]).all():
             for i in range(min(dim, 2)):
-                log(axes[3], values[:, i], color=COLOURS[(k + 2) % 8], lw=1.2, ls=look(i + 2).line()["ls"],
+                log(axes[3], values[:, i], color=COLOURS[(4, 5, 1, 6, 7)[k % 5]], lw=1.2, ls=look(i + 2).line()["ls"],
                     label=name if i == 0 else None)  # fmt: skip
     axes[2].axhline(found.lr, color=_LINE, lw=0.9, ls=(0, (2, 2)))
     axes[2].text(
@@ -416,7 +420,7 @@ def anatomy(found: Anatomy, axes: Sequence[Axes] | None = None) -> list[Axes]:
     )
     for ax in (axes[0], axes[2], axes[3]):
         ax.set_yscale("log")
-        ax.yaxis.set_minor_locator(LogLocator(numticks=1))
+        ax.yaxis.set_minor_locator(NullLocator())
     for ax in (axes[0], axes[3]):
         ax.legend(fontsize=8, frameon=False, ncols=2, labelcolor=_INK)
     for ax in axes:
@@ -664,10 +668,10 @@ def _moving(tr: Trace, frames: int, dpi: int) -> Iterator[Image.Image]:
         for line, head, points in moving:
             line.set_data(*points[: step + 1].T)
             head.set_data(*points[min(step, len(points) - 1)][:, None])
-            line.axes.artist(line)  # type: ignore[union-attr]  # it has axes
-            head.axes.artist(head)  # type: ignore[union-attr]
+            line.axes.draw_artist(line)  # type: ignore[union-attr]  # it has axes
+            head.axes.draw_artist(head)  # type: ignore[union-attr]
         clock.set_text(f"step {step}")
-        left.artist(clock)
+        left.draw_artist(clock)
         yield Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
@@ -685,6 +689,7 @@ def player(tr: Trace) -> str:
         raise ValueError(f"the player shows scenes of one or two dimensions, {it.name} has {it.dim}")
     steps = tr.runs[0].points.shape[2] - 1
     made = _figure((7.0, 6.0))
+    made.set_layout_engine("none")
     ax = made.add_axes((0, 0, 1, 1))
     landscape(it, ax, steps=steps)
     ax.set_axis_off()
