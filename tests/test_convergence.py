@@ -121,11 +121,11 @@ PLANS: dict[str, Plan] = {
     "adabelief": Plan(dict(lr=0.1, eps=1e-12), 400, 1e-3, 0.3),
     "dalesgd": Plan(dict(lr=0.03), 400, 1e-3, 0.3),
     "daleadamw": Plan(dict(lr=0.1), 400, 1e-3, 0.3),
-    "dalelangevin": Plan(dict(lr=0.01, temperature=0.0, s=0.0), 500, 1e-3, 0.3),
+    "dalelangevin": Plan(dict(lr=0.03, temperature=0.0, s=0.0), 400, 1e-3, 0.3),
     "adagradnorm": Plan(dict(lr=4.0), 400, 1e-3, 0.3),
-    "cbo": Plan(dict(lr=0.5, n_particles=100), 120, 0.05, 0.05),
+    "cbo": Plan(dict(n_particles=200, sigma=1.0, alpha=1e4, init_std=2.0), 150, 0.2, 0.2),
     "sso": Plan(dict(lr=0.1), 250, 1e-3, 0.5),
-    "lanczos": Plan(dict(lr=1.0), 120, 1e-3, 0.5),
+    "lanczos": Plan(dict(lr=1.0), 250, 1e-3, 0.5),
 }
 each_method = pytest.mark.parametrize("name", PLANS)
 POSITIVE = st.lists(st.floats(0.5, 4.0), min_size=3, max_size=3).map(lambda x: torch.tensor(x, dtype=torch.float64))
@@ -155,10 +155,8 @@ def ends(name: str, it: Scene, start: Tensor) -> Tensor:
 
 
 def test_every_public_optimizer_is_in_the_plan_or_below():
-    optimizers = {
-        name for name in optimzoo.__all__
-        if isinstance(cls := getattr(optimzoo, name), type) and issubclass(cls, torch.optim.Optimizer)
-    }  # fmt: skip
+    every = {getattr(optimzoo, name) for name in optimzoo.__all__}
+    optimizers = {cls.__name__ for cls in every if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)}
     planned = {METHODS[name].make.__name__ for name in PLANS}
     assert optimizers - planned == {"TPSGD"}
     assert planned - optimizers == {"LanczosLR"}
@@ -186,7 +184,7 @@ def test_the_zoo_averages_noise_out(name, start, seed):
 def test_the_zoo_ends_in_the_valley_that_it_starts_in(name, x, y):
     it = scene("himmelblau").scaled(0.1)
     start = torch.tensor([x, y], dtype=torch.float64)
-    assert (ends(name, it, start) - it.minima[0]).abs().max() < 20 * PLANS[name].within
+    assert (ends(name, it, start) - it.minima[0]).abs().max() < max(0.02, PLANS[name].within)
 
 
 @settings(max_examples=4)
@@ -199,6 +197,7 @@ def test_target_projection_solves_the_layer_that_has_the_true_loss(seed, conditi
     model = torch.nn.Linear(3, 2, bias=False).double()
     optimizer = optimzoo.TPSGD(model, lr=1.0 / condition, target_dim=2)
     for _ in range(200):
+        optimizer.zero_grad()
         with optimizer.targets(inputs @ weights.T, loss=lambda y, t: (y - t).square().sum(-1).mean() / 2):
             model(inputs)
         optimizer.step()
@@ -214,7 +213,7 @@ def test_growing_batches_end_nearer_than_the_first_batch_size(seed):
     for eta in (0.5, 1e9):  # the second never grows
         x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.SGD([x], lr=0.3)
-        sampler = optimzoo.AdaptiveBatchSampler(range(512), batch_size=4, seed=seed)
+        sampler = optimzoo.AdaptiveBatchSampler(range(512), 4, generator=torch.Generator().manual_seed(seed))
         adaptive = optimzoo.AdaptiveBatchSize(optimizer, sampler, eta=eta, max_growth=2.0)
         apart = []
         for _ in range(3):
@@ -248,12 +247,13 @@ def test_a_translation_moves_the_path(name, start, shift, turn):
     torch.testing.assert_close(moved, few_steps(name, it, start) + shift, rtol=1e-6, atol=1e-6)
 
 
-# What must be multiplied with the loss, and by which power of the factor.
+# With the smallest of what else has the gradient's unit. The factor of LanczosLR's loss is large, since from a flat one
+# it learns in several looks.
 NORMALISED = {
-    "adabelief": dict(eps=0.0),
-    "daleadamw": dict(eps=0.0),
-    "adagradnorm": dict(b0=1e-100),
-    "lanczos": dict(momentum=False),
+    "adabelief": (dict(eps=1e-300), 0),
+    "daleadamw": (dict(eps=0.0), 0),
+    "adagradnorm": (dict(b0=1e-100), 0),
+    "lanczos": (dict(), 26),
 }
 
 
@@ -261,17 +261,10 @@ NORMALISED = {
 @settings(max_examples=4)
 @given(start=POSITIVE, exponent=st.integers(-20, 20))
 def test_a_factor_of_the_loss_changes_no_path_of_a_normalised_method(name, start, exponent):
-    it = bowl(3, 8.0)
-    options = {} if name == "lanczos" else NORMALISED[name]
-    steps = 12 if name != "lanczos" else 30
-    found = few_steps(name, it.scaled(2.0**exponent), start, steps, **options)
-    expected = few_steps(name, it, start, steps, **options)
-    if name == "lanczos":  # its first rate is a number; what it learns is not
-        found, expected = found[-1], expected[-1]
-        assert it.distance(found) < 1e-2
-        assert it.distance(expected) < 1e-2
-        return
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    options, more = NORMALISED[name]
+    it = bowl(3, 8.0).scaled(2.0**more)
+    found = few_steps(name, it.scaled(2.0**exponent), start, **options)
+    torch.testing.assert_close(found, few_steps(name, it, start, **options), rtol=1e-6, atol=1e-6)
 
 
 def test_a_factor_of_the_loss_changes_no_path_of_consensus_with_its_alpha_divided():
@@ -320,6 +313,7 @@ def test_isotropic_consensus_does_not_see_a_rotation(turn):
     assert abs(means[0] - means[1]) < 5 * math.sqrt(sum(errors))
 
 
+SIGNS = st.lists(st.sampled_from([-1.0, 1.0]), min_size=3, max_size=3)
 COORDINATEWISE = ["diffgrad", "adabelief", "dalesgd", "daleadamw", "dalelangevin"]
 
 
