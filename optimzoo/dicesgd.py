@@ -346,13 +346,14 @@ class DPSGD(Optimizer):
 
     def _release(self, param: Any, clipped: Tensor, fed_back: float) -> Tensor:
         """The private gradient of a parameter: float64 until it is rounded to its dtype, once."""
-        total = clipped.double()
         if self.noise_std_sum > 0 and self._draws(param):
-            total = total.add(self._noise.normal(param.shape).to(total.device), alpha=self.noise_std_sum)
+            total = self._noise.normal(param.shape).to(clipped.device).mul_(self.noise_std_sum).add_(clipped)
+        else:
+            total = clipped.to(torch.float64, copy=True)
         total = self._reduce(param, total)
         if param in self._error:
-            total = total.add(local(self._error[param]).double(), alpha=fed_back)
-        return _like(param, (total / self.expected_batch_size).to(param.dtype))
+            total.add_(local(self._error[param]), alpha=fed_back)
+        return _like(param, total.div_(self.expected_batch_size).to(param.dtype))
 
     def _draws(self, param: Any) -> bool:
         """Whether this rank draws the noise of a parameter: one of those that share it."""

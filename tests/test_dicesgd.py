@@ -35,7 +35,7 @@ class Given:
     def normal(self, shape):
         value = self.values.pop(0)
         assert value.shape == tuple(shape)
-        return value
+        return value.clone()
 
 
 def parameters(dtype=torch.float64, shapes=SHAPES):
