@@ -257,9 +257,7 @@ class FactoredSamples:
         """Those over the samples that are wanted."""
         of = slice(None) if bool(wanted.all()) else wanted.nonzero().flatten()
         parts = [_pick(part, of, None) for part in self._parts]
-        weights = weights[:, of].to(dtype)
-        # A weight below the range of its dtype would be rounded by a part of itself, and up as well as down.
-        weights = torch.where(weights.abs() < torch.finfo(dtype).tiny, 0.0, weights)
+        weights = _flushed(weights[:, of].to(dtype))
         sums = [weights.new_zeros(self._param_shape) for _ in weights]
         for part in parts:
             for chunk in _slices(weights.shape[1], part.size):
@@ -939,7 +937,7 @@ def _weighted_sums(batch: Sequence[Samples], weights: Tensor) -> list[list[Tenso
 
 def _weighted_tensors(tensors: Sequence[Tensor], weights: Tensor) -> list[list[Tensor]]:
     samples, undo = zip(*map(_as_rows, tensors), strict=True)
-    weights = weights.to(samples[0].device, _wide(samples[0])).contiguous()
+    weights = _flushed(weights.to(samples[0].device, _wide(samples[0]))).contiguous()
     sums = [weights.new_zeros(len(weights), *rows.shape[1:]) for rows in samples]
     if op := _native("weighted_sums", list(samples)):
         op(list(samples), weights, sums)
@@ -968,6 +966,11 @@ def _matrix(rows: Tensor) -> Tensor:
 def _times(rows: Tensor, factors: Tensor) -> Tensor:
     """Each row times its factor."""
     return rows * factors.view(-1, *[1] * (rows.dim() - 1))
+
+
+def _flushed(weights: Tensor) -> Tensor:
+    """Zero where rounding could make a weight larger by a part of itself."""
+    return torch.where(weights.abs() < torch.finfo(weights.dtype).tiny, 0.0, weights)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
