@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast, overload
 
@@ -501,7 +502,13 @@ class DPSGD(Optimizer):
                 raise ValueError(f"private_error of parameter {index} does not fit")
         if errors and not any(row[0] for row in rows):
             raise ValueError("private_error is that of steps, and history has none")
+        gone = _steps(self.param_groups[0]["history"]) - _steps(rows)
         self.base.load_state_dict(state_dict)
+        if gone:
+            warn(
+                f"{gone.total()} steps that were made here are not in the history that is loaded, and not in epsilon: "
+                "it is too small if anything they released has been shown or is used"
+            )
         return state_dict
 
     def _restore(self, loaded: dict[str, Any]) -> None:
@@ -604,6 +611,14 @@ class DiceSGD(DPSGD):
         return super().epsilon(delta, accountant=accountant)
 
     epsilon.__doc__ = DPSGD.epsilon.__doc__
+
+
+def _steps(history: list[Any]) -> Counter[tuple[float, ...]]:
+    """How many steps were made with which settings."""
+    counts: Counter[tuple[float, ...]] = Counter()
+    for steps, *settings in history:
+        counts[tuple(settings)] += steps
+    return counts
 
 
 def _noise(source: str, generator: torch.Generator | None) -> privacy.DefaultNoise | privacy.SecureNoise:

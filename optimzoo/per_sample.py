@@ -185,6 +185,7 @@ class FactoredSamples:
         self.shape = torch.Size((len(parts[0].left), *shape))
         self.device = parts[0].right.device
         self.dtype = _product_dtype(parts[0].right)
+        self._known: tuple[list[int], tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -199,12 +200,15 @@ class FactoredSamples:
 
     def square_norms(self) -> Tensor:
         """The squared norm of each sample's gradient, ``(n,)``, float64; never less, but for what float64 rounds."""
-        return self._measured[0] * self._scale**2
+        return self._measured()[0] * self._scale**2
 
-    @functools.cached_property
     def _measured(self) -> tuple[Tensor, Tensor]:
-        with _exact(self.device):
-            return self._square_norms(self._parts, self.dtype)
+        """The squared norms, and for which samples float32 does not do; kept as long as the factors are the same."""
+        versions = [side._version for part in self._parts for side in (part.left, part.right)]
+        if self._known is None or self._known[0] != versions:
+            with _exact(self.device):
+                self._known = versions, self._square_norms(self._parts, self.dtype)
+        return self._known[1]
 
     def _square_norms(self, parts: Sequence[_Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Squared norms of products, and for which samples float32 does not do.
@@ -244,7 +248,7 @@ class FactoredSamples:
         A sample whose weights are all zero is left out, whatever its gradient is.
         """
         with _exact(self.device):
-            delicate = self._measured[1]
+            delicate = self._measured()[1]
             weights = weights.to(self.device, _wide(self._parts[0].right)) * self._scale
             wanted = (weights != 0).any(0)
             sums = self._sums(weights, wanted & ~delicate, self.dtype)

@@ -1,8 +1,8 @@
 """An audit of a private optimizer from outside: what it releases for gradients that are given to it.
 
 The loss is linear, so that a row of data is the gradient of a sample, and a step of plain SGD with learning rate one
-moves by what was released. There are two parameters, which share the coordinates. Three questions are asked; each answer
-is a number that says how bad it is, and tests show that planted bugs are found.
+moves by what was released. Two parameters share the coordinates. Three questions are asked; each answer is a number
+that says how bad it is, and tests show that planted bugs are found.
 """
 
 from __future__ import annotations

@@ -440,6 +440,21 @@ def test_a_run_resumed_without_its_error_warns_once_and_counts_on():
     assert resumed.history == [Segment(3, 1.0, 1.0, 0.7, 0.5), Segment(1, 2.0, 1.0, 0.7, 0.5)]
 
 
+def test_steps_that_a_checkpoint_does_not_have_are_said():
+    params = parameters()
+    optimizer = make(DPSGD, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(empty=True)
+    later = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(later)
+    optimizer.step(empty=True)
+    with pytest.warns(UserWarning, match="1 steps that were made here are not in the history that is loaded"):
+        optimizer.load_state_dict(later)
+    with pytest.warns(UserWarning, match="1 steps that were made here are not in the history that is loaded"):
+        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(later)
+
+
 def test_a_state_dict_is_not_changed_by_later_steps():
     params = parameters()
     optimizer = make(DPSGD, params)

@@ -243,3 +243,14 @@ def test_rows_that_cancel_leave_the_others_alone():
         ((total,),) = weighted_sums([samples], (1 / norms([samples])).clamp(max=1)[None])
         sums.append(total)
     assert all((total - sums[0]).norm() <= 1 + 1e-5 for total in sums)
+
+
+def test_norms_are_those_of_the_factors_as_they_are():
+    layer, inputs = nn.Linear(64, 64, bias=False), torch.ones(2, 1, 64)
+    with PerSampleGradients(layer, loss_reduction="sum"):
+        layer(inputs).sum().backward()
+    samples = layer.weight.grad_sample
+    assert isinstance(samples, FactoredSamples)
+    before = norms([samples])
+    inputs.mul_(1e3)  # a buffer that the next batch is written to
+    torch.testing.assert_close(norms([samples]), 1e3 * before)
