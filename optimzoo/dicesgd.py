@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, cast, overload
 
@@ -127,13 +128,14 @@ class DPSGD(Optimizer):
         if clipping not in _CLIPPINGS:
             raise ValueError(f"clipping must be one of {', '.join(_CLIPPINGS)}, got {clipping!r}")
         check_flags({"allow_unused": allow_unused}, "allow_unused")
+        self._start()
         self.max_grad_norm, self.expected_batch_size = float(max_grad_norm), float(expected_batch_size)
         self.sample_rate = float(sample_rate)
         self.noise_std_sum = self._noise_std(noise_multiplier) if noise_std_sum is None else float(noise_std_sum)
+        self._check_constants()
         self.clipping, self.allow_unused = clipping, allow_unused
         self._noise = _noise(noise_source, generator)
         self._error: dict[Tensor, Tensor] = {}
-        self._start()
         options = {"momentum": momentum, "weight_decay": weight_decay}
         factory: Callable[..., Optimizer] = torch.optim.SGD if base is None else base
         made = factory(params, lr=lr, **{name: value for name, value in options.items() if value is not None})
@@ -153,9 +155,26 @@ class DPSGD(Optimizer):
     def _noise_std(self, multiplier: float | None) -> float:
         return cast(float, multiplier) * self.max_grad_norm
 
+    def _check_constants(self) -> None:
+        """Before every step: they are attributes, which may be changed between steps."""
+        for name, sign, above in (
+            ("max_grad_norm", ">", True),
+            ("expected_batch_size", ">", True),
+            ("noise_std_sum", ">=", False),
+        ):
+            check_number(name, getattr(self, name), 0.0, math.inf, f"finite and {sign} 0", above=above)
+        check_number("sample_rate", self.sample_rate, 0.0, math.nextafter(1.0, 2.0), "in (0, 1]", above=True)
+        if self._sums:
+            for name, value in self._constants().items():
+                if value != self._begun[name]:
+                    raise RuntimeError(
+                        f"{name} was changed from {self._begun[name]!r} to {value!r} between micro-batches of one batch"
+                    )
+
     def _start(self) -> None:
         """Forget the samples of a batch under way, and which have been used."""
         self._sums: dict[Tensor, list[Tensor]] = {}  # of earlier micro-batches: clipped, and with an error the rest
+        self._begun: dict[str, Any] = {}  # the constants that those were made with
         self._used: dict[int, tuple[weakref.ref[Any], int]] = {}  # by id, with the tensor's version
 
     def _share(self) -> None:
@@ -199,8 +218,11 @@ class DPSGD(Optimizer):
             super().add_param_group(param_group)
             return
         params = param_group["params"]
-        _check_params({"params": [params] if isinstance(params, Tensor) else params})
-        self.base.add_param_group(param_group)
+        group = {**param_group, "params": [params] if isinstance(params, Tensor) else params}
+        if isinstance(params, Iterator):
+            group["params"] = list(params)
+        _check_params(group)
+        self.base.add_param_group(group)
 
     # The step
 
@@ -242,6 +264,9 @@ class DPSGD(Optimizer):
             rests.append([self._reduce(param, value) for value in rest])
         # Nothing has been changed so far. From here on the gradient counts as released.
         self._record()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None  # one that was frozen after backward may have that of the batch, without noise
         for param, grad, rest in zip(params, grads, rests, strict=True):
             param.grad = grad
             for value in rest:
@@ -258,13 +283,16 @@ class DPSGD(Optimizer):
             RuntimeError: as :meth:`step`.
         """
         samples = self._samples(empty=False, pending=False)
-        self._sums = self._add(samples)
+        self._sums, self._begun = self._add(samples), self._constants()
         self._clear(samples, keep_sums=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, those of samples, and the sums of earlier micro-batches."""
         super().zero_grad(set_to_none)
         self._sums = {}
+        self._clear_samples()
+
+    def _clear_samples(self) -> None:
         for group in self.param_groups:
             for param in group["params"]:
                 if getattr(param, "grad_sample", None) is not None:
@@ -277,6 +305,7 @@ class DPSGD(Optimizer):
 
     def _samples(self, empty: bool, pending: bool) -> dict[Tensor, list[Samples]]:
         """What is in ``grad_sample``, checked: for each parameter its micro-batches."""
+        self._check_constants()
         found = [(name, param, _chunks(param)) for name, param in self._trained()]
         present = [row for row in found if row[2]]
         if not present:
@@ -294,6 +323,8 @@ class DPSGD(Optimizer):
                 raise RuntimeError(f"{name} has no grad_sample; where it has no part in the loss, set allow_unused")
             if own and len(own) != len(chunks):
                 raise RuntimeError(f"grad_sample of {name} is of {len(own)} micro-batches, of {first} {len(chunks)}")
+            if len({*map(id, own)}) < len(own):
+                raise RuntimeError(f"grad_sample of {name} has the same samples twice")
             for chunk, like in zip(own, chunks, strict=False):
                 self._check(name, param, chunk)
                 if chunk.shape[0] != like.shape[0]:  # the numbers are secret
@@ -330,10 +361,10 @@ class DPSGD(Optimizer):
     def _weights(self, samples: list[list[Samples]]) -> Tensor:
         """How much of each sample enters the clipped sum, and below it, with an error state, the rest."""
         sizes = norms(samples)
+        margin = max(_MARGIN.get(chunk.dtype, 1 + 1e-6) for chunks in samples for chunk in chunks)
         if self.clipping == "automatic":
-            weights = self.max_grad_norm / (sizes + _GAMMA)
+            weights = self.max_grad_norm / (sizes * margin + _GAMMA)
         else:
-            margin = max(_MARGIN.get(chunk.dtype, 1 + 1e-6) for chunks in samples for chunk in chunks)
             weights = (self.max_grad_norm / (sizes * margin)).clamp(max=1)
         rows = [weights, 1 - weights] if self._error_norm > 0 else [weights]
         return torch.where(sizes.isfinite(), torch.stack(rows), 0.0)
@@ -430,10 +461,8 @@ class DPSGD(Optimizer):
     def _clear(self, samples: dict[Tensor, list[Samples]], keep_sums: bool = False) -> None:
         """Let go of the samples, and know them again."""
         used = {id(chunk): (weakref.ref(chunk), _version(chunk)) for chunks in samples.values() for chunk in chunks}
-        self._used = used or self._used
-        for _, param in self._trained():
-            if getattr(param, "grad_sample", None) is not None:
-                param.grad_sample = None
+        self._used = {key: entry for key, entry in self._used.items() if entry[0]() is not None} | used
+        self._clear_samples()
         if not keep_sums:
             self._sums = {}
 
@@ -472,7 +501,15 @@ class DPSGD(Optimizer):
         for index, error in errors.items():
             if index not in range(len(params)) or not isinstance(error, Tensor) or error.shape != params[index].shape:
                 raise ValueError(f"private_error of parameter {index} does not fit")
+        if errors and not any(row[0] for row in rows):
+            raise ValueError("private_error is that of steps, and history has none")
+        gone = _steps(self.param_groups[0]["history"]) - _steps(rows)
         self.base.load_state_dict(state_dict)
+        if gone:
+            warn(
+                f"{gone.total()} steps that were made here are not in the history that is loaded, and not in epsilon: "
+                "it is too small if anything they released has been shown or is used"
+            )
         return state_dict
 
     def _restore(self, loaded: dict[str, Any]) -> None:
@@ -575,6 +612,14 @@ class DiceSGD(DPSGD):
         return super().epsilon(delta, accountant=accountant)
 
     epsilon.__doc__ = DPSGD.epsilon.__doc__
+
+
+def _steps(history: list[Any]) -> Counter[tuple[float, ...]]:
+    """How many steps were made with which settings."""
+    counts: Counter[tuple[float, ...]] = Counter()
+    for steps, *settings in history:
+        counts[tuple(settings)] += steps
+    return counts
 
 
 def _noise(source: str, generator: torch.Generator | None) -> privacy.DefaultNoise | privacy.SecureNoise:

@@ -29,6 +29,10 @@ _CHUNK = 2**20
 """Numbers of a tensor that are worked on at once, where that makes copies of them."""
 _CANCELLED = 2.0**-10
 """Where less than this is left of what was added up in float32, it is done again in float64."""
+_RANGE = 1e24
+"""Squared norms of factors up to which their products, and those with a weight, stay in the range of float32."""
+_ROUNDING = {torch.float32: 2.0**-21, torch.float64: 2.0**-44}
+"""What rounding may take from a squared norm, over the square of what was added up."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class _Factors:
         return self.left.shape[1:].numel() + self.right.shape[1:].numel()
 
     def square_norms(self) -> tuple[Tensor, Tensor]:
-        """The squared norm of each gradient, and the square of what the norms of its products add up to."""
+        """The squared norm of each gradient, and the square of what the norms of its products add up to.
+
+        The second is infinite where the numbers are too large for float32.
+        """
         raise NotImplementedError
 
     def add_to(self, total: Tensor, weights: Tensor) -> None:
@@ -76,8 +83,8 @@ class _Products(_Factors):
     def square_norms(self) -> tuple[Tensor, Tensor]:
         if self.positions != 1:
             return _pair_up(self.left @ self.left.mT, self.right @ self.right.mT)
-        squares = _square_norms([self.left]) * _square_norms([self.right])
-        return squares, squares
+        left, right = _square_norms([self.left]), _square_norms([self.right])
+        return left * right, _in_range(left * right, torch.maximum(left, right), self.right.dtype)
 
     def add_to(self, total: Tensor, weights: Tensor) -> None:
         total.addmm_(_times(self.left, weights).flatten(0, 1).T, self.right.flatten(0, 1))
@@ -94,8 +101,14 @@ class _Rows(_Factors):
         rows = int(self.left.max()) + 1 if self.left.numel() else 1
         keys, place = torch.unique(self.left + rows * _counted(self.left), return_inverse=True)
         sums = _square_norms([_add_rows(place, self.right, len(keys))])
-        squares = sums.new_zeros(len(self.left)).index_add_(0, keys // rows, sums)
-        return squares, squares
+        lengths = _square_norms([self.right.flatten(0, 1)])
+        added = sums.new_zeros(len(keys)).index_add_(0, place.flatten(), lengths.sqrt()).square()
+        squares, most, largest = (
+            sums.new_zeros(len(self.left)).index_add_(0, keys // rows, sums),
+            sums.new_zeros(len(self.left)).index_add_(0, keys // rows, added),
+            lengths.view(self.left.shape).sum(1),
+        )
+        return squares, _in_range(most, largest, self.right.dtype)
 
     def inner_products(self, other: _Products) -> Tensor:
         """With the same samples' other gradients."""
@@ -174,6 +187,7 @@ class FactoredSamples:
         self.shape = torch.Size((len(parts[0].left), *shape))
         self.device = parts[0].right.device
         self.dtype = _product_dtype(parts[0].right)
+        self._known: tuple[list[int], tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -187,26 +201,38 @@ class FactoredSamples:
         return f"FactoredSamples(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def square_norms(self) -> Tensor:
-        """The squared norm of each sample's gradient, ``(n,)``, float64."""
-        with _exact(self.device):
-            return self._square_norms(self._parts, self.dtype) * self._scale**2
+        """The squared norm of each sample's gradient, ``(n,)``, float64; never less, but for what float64 rounds."""
+        return self._measured()[0] * self._scale**2
 
-    def _square_norms(self, parts: Sequence[_Factors], dtype: torch.dtype) -> Tensor:
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """The squared norms, and for which samples float32 does not do; kept as long as the factors are the same."""
+        versions = [side._version for part in self._parts for side in (part.left, part.right)]
+        if self._known is None or self._known[0] != versions:
+            with _exact(self.device):
+                self._known = versions, self._square_norms(self._parts, self.dtype)
+        return self._known[1]
+
+    def _square_norms(self, parts: Sequence[_Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Squared norms of products, and for which samples float32 does not do.
+
+        What rounding may have taken is added. Where products cancel it is all that is seen of the gradient: without it
+        a large one could pass for none, and its sum with others for clipped.
+        """
         squares = torch.zeros(len(parts[0].left), dtype=_wide(parts[0].right), device=self.device)
+        delicate = torch.zeros(len(squares), dtype=torch.bool, device=self.device)
         for of in _slices(len(squares), max(max(part.size, part.positions**2) for part in parts)):
             own = [_pick(part, of, dtype) for part in parts]
             each, added = (torch.stack(column) for column in zip(*(part.square_norms() for part in own), strict=True))
-            found = each.sum(0)
+            found, most = each.sum(0), added.sqrt().sum(0).square()
             if len(own) == 2:
                 found += 2 * cast(_Rows, own[0]).inner_products(cast(_Products, own[1]))
-            squares[of] = found.clamp(min=0)
-            lost = (found < _CANCELLED * added.sqrt().sum(0).square()).nonzero().flatten()
-            if len(lost) and dtype != squares.dtype:
-                again = of.start + lost
-                squares[again] = self._square_norms(
-                    [_pick(part, again, squares.dtype) for part in parts], squares.dtype
-                )
-        return squares
+            squares[of] = found.clamp(min=0) + _ROUNDING[dtype] * most
+            if dtype != squares.dtype:
+                delicate[of] = ~(found >= _CANCELLED * most)  # what is not a number, too
+                if len(again := of.start + delicate[of].nonzero().flatten()):
+                    wide = [_pick(part, again, squares.dtype) for part in parts]
+                    squares[again] = self._square_norms(wide, squares.dtype)[0]
+        return squares, delicate
 
     def _scaled_norms(self, of: Tensor) -> Tensor:
         """The norms of some samples, for which squares of float64 numbers are too large or too small."""
@@ -215,7 +241,7 @@ class FactoredSamples:
             lefts = [_largest(p.left) if p.left.is_floating_point() else torch.ones_like(of) for p in parts]
             left = _divisor(torch.stack(lefts).amax(0).double())
             right = _divisor(torch.stack([_largest(part.right) for part in parts]).amax(0))
-            found = self._square_norms([part.divided(left, right) for part in parts], torch.float64)
+            found = self._square_norms([part.divided(left, right) for part in parts], torch.float64)[0]
             return found.sqrt() * left * right * abs(self._scale)
 
     def weighted_sums(self, weights: Tensor) -> list[Tensor]:
@@ -224,18 +250,27 @@ class FactoredSamples:
         A sample whose weights are all zero is left out, whatever its gradient is.
         """
         with _exact(self.device):
-            weights = weights.to(self.device)
+            delicate = self._measured()[1]
+            weights = weights.to(self.device, _wide(self._parts[0].right)) * self._scale
             wanted = (weights != 0).any(0)
-            of = slice(None) if bool(wanted.all()) else wanted.nonzero().flatten()
-            parts = [_pick(part, of, None) for part in self._parts]
-            weights = (weights[:, of] * self._scale).to(self.dtype)
-            sums = [weights.new_zeros(self._param_shape) for _ in weights]
-            for part in parts:
-                for chunk in _slices(weights.shape[1], part.size):
-                    own = _pick(part, chunk, self.dtype)
-                    for total, row in zip(sums, weights[:, chunk], strict=True):
-                        own.add_to(total, row)
+            sums = self._sums(weights, wanted & ~delicate, self.dtype)
+            if bool((rest := wanted & delicate).any()):
+                # In one sum with the others they would also round those away.
+                sums = [a + b.to(a.dtype) for a, b in zip(sums, self._sums(weights, rest, weights.dtype), strict=True)]
             return sums
+
+    def _sums(self, weights: Tensor, wanted: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Those over the samples that are wanted."""
+        of = slice(None) if bool(wanted.all()) else wanted.nonzero().flatten()
+        parts = [_pick(part, of, None) for part in self._parts]
+        weights = _flushed(weights[:, of].to(dtype))
+        sums = [weights.new_zeros(self._param_shape) for _ in weights]
+        for part in parts:
+            for chunk in _slices(weights.shape[1], part.size):
+                own = _pick(part, chunk, dtype)
+                for total, row in zip(sums, weights[:, chunk], strict=True):
+                    own.add_to(total, row)
+        return sums
 
     def to_tensor(self) -> Tensor:
         """All gradients, ``(n, *p.shape)``."""
@@ -910,7 +945,7 @@ def _weighted_sums(batch: Sequence[Samples], weights: Tensor) -> list[list[Tenso
 
 def _weighted_tensors(tensors: Sequence[Tensor], weights: Tensor) -> list[list[Tensor]]:
     samples, undo = zip(*map(_as_rows, tensors), strict=True)
-    weights = weights.to(samples[0].device, _wide(samples[0])).contiguous()
+    weights = _flushed(weights.to(samples[0].device, _wide(samples[0]))).contiguous()
     sums = [weights.new_zeros(len(weights), *rows.shape[1:]) for rows in samples]
     if op := _native("weighted_sums", list(samples)):
         op(list(samples), weights, sums)
@@ -941,6 +976,11 @@ def _times(rows: Tensor, factors: Tensor) -> Tensor:
     return rows * factors.view(-1, *[1] * (rows.dim() - 1))
 
 
+def _flushed(weights: Tensor) -> Tensor:
+    """Zero where rounding could make a weight larger by a part of itself."""
+    return torch.where(weights.abs() < torch.finfo(weights.dtype).tiny, 0.0, weights)
+
+
 def _slices(n: int, size: int) -> Iterator[slice]:
     """Some samples at a time, of so many numbers each."""
     step = max(1, _CHUNK // max(1, size))
@@ -955,8 +995,15 @@ def _pick(part: Any, of: slice | Tensor, dtype: torch.dtype | None) -> Any:
 
 def _pair_up(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Squared norms of sums of products, from the inner products of all pairs of factors."""
-    lengths = left.diagonal(dim1=-2, dim2=-1).to(_wide(left)) * right.diagonal(dim1=-2, dim2=-1)
-    return _inner_products([left], [right]), lengths.clamp(min=0).sqrt().flatten(1).sum(1).square()
+    sizes = [x.diagonal(dim1=-2, dim2=-1).to(_wide(x)).clamp(min=0).flatten(1) for x in (left, right)]
+    added = (sizes[0] * sizes[1]).sqrt().sum(1).square()
+    largest = torch.maximum(sizes[0].sum(1), sizes[1].sum(1))
+    return _inner_products([left], [right]), _in_range(added, largest, right.dtype)
+
+
+def _in_range(added: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Infinite where the factors are too large for products in float32."""
+    return added if dtype == torch.float64 else added.masked_fill(largest > _RANGE, torch.inf)
 
 
 def _counted(rows: Tensor) -> Tensor:

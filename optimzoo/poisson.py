@@ -48,7 +48,8 @@ class PoissonSampler(Sampler[list[int]]):
     **Which records were in which batch must stay secret**, and so must the sizes of batches. Sampling hides a record
     since nobody knows when it was used; to who does know, the steps that used it leak as much as without sampling, and
     the accountant's claim is void. The batches of a sampler follow from its key by a cryptographic function, SHAKE-256.
-    The key is in no ``repr``, and neither in copies nor pickles, which get a key of their own.
+    The key is in no ``repr``, and neither in copies nor pickles, which get a key of their own. A forked process has the
+    same: it draws the same batches, unless it is of another rank. Two runs need two samplers.
 
     An iteration goes on where the one before it stopped, and draws anew in every pass. :attr:`step` is how many batches
     were drawn in all. A loader with workers draws ahead: to resume exactly, set it to the steps that the optimizer has

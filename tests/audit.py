@@ -1,8 +1,8 @@
 """An audit of a private optimizer from outside: what it releases for gradients that are given to it.
 
 The loss is linear, so that a row of data is the gradient of a sample, and a step of plain SGD with learning rate one
-moves by what was released. Three questions are asked; each answer is a number that says how bad it is, and tests show
-that planted bugs are found.
+moves by what was released. Two parameters share the coordinates. Three questions are asked; each answer is a number
+that says how bad it is, and tests show that planted bugs are found.
 """
 
 from __future__ import annotations
@@ -22,23 +22,31 @@ Make = Callable[..., torch.optim.Optimizer]
 
 def releases(optimizer: torch.optim.Optimizer, batches: Sequence[Tensor | None]) -> Tensor:
     """What the weights moved by in each step, times the expected batch size; for ``None`` a batch is declared empty."""
-    (weight,) = optimizer.param_groups[0]["params"]
+    params = optimizer.param_groups[0]["params"]
     expected = optimizer.expected_batch_size
     moved = []
     for batch in batches:
-        before = weight.detach().clone()
+        before = [param.detach().clone() for param in params]
         if batch is not None:
-            weight.grad_sample = batch.to(weight.dtype)
+            write(params, batch)
         optimizer.step(empty=batch is None)
-        moved.append((before - weight.detach()).double() * expected)
+        change = torch.cat([old - param.detach() for old, param in zip(before, params, strict=True)])
+        moved.append(change.double() * expected)
         with torch.no_grad():
-            weight.zero_()  # the loss is linear: nothing depends on where it is
+            for param in params:
+                param.zero_()  # the loss is linear: nothing depends on where it is
     return torch.stack(moved)
+
+
+def write(params: Sequence[Tensor], batch: Tensor) -> None:
+    for param, part in zip(params, batch.split([len(param) for param in params], 1), strict=True):
+        param.grad_sample = part.to(param.dtype)
 
 
 def start(make: Make, dim: int, dtype: torch.dtype = torch.float64, **options: Any) -> torch.optim.Optimizer:
     settings = dict(lr=1.0, max_grad_norm=1.0, expected_batch_size=4, sample_rate=1.0)
-    return make([torch.zeros(dim, dtype=dtype, requires_grad=True)], **{**settings, **options})
+    params = [torch.zeros(size, dtype=dtype, requires_grad=True) for size in (dim // 2, dim - dim // 2)]
+    return make(params, **{**settings, **options})
 
 
 # How much one record may change
@@ -79,10 +87,7 @@ def batch_size_shows(make: Make) -> float:
         optimizer = start(make, 3, noise_std_sum=0.1, generator=torch.Generator().manual_seed(1))
         rows = torch.zeros(n, 3, dtype=torch.float64)
         rows[0] = torch.tensor([0.5, 0.0, 0.0])
-        weight = optimizer.param_groups[0]["params"][0]
-        weight.grad_sample = rows
-        optimizer.step()
-        found.append(weight.grad.clone())
+        found.append(releases(optimizer, [rows]))
     return max(float((other - found[0]).norm() / found[0].norm()) for other in found[1:])
 
 
@@ -105,6 +110,7 @@ def noise_p_value(make: Make, steps: int = 12, dim: int = 60, seeds: int = 6) ->
             p_values += [_variance_p(row) for row in noise]
             p_values.append(_mean_p(noise[1:] * noise[:-1]))  # one step and the next
             p_values.append(_mean_p(noise[:, 1:] * noise[:, :-1]))  # one coordinate and the next
+            p_values.append(_mean_p(noise[:, : dim // 2] * noise[:, dim // 2 :]))  # one parameter and the other
     stacked = np.stack(whole)
     p_values += [_variance_p(stacked[:, :, i]) for i in range(dim)]
     p_values += [_mean_p(stacked[:, :, i]) for i in range(dim)]

@@ -440,6 +440,21 @@ def test_a_run_resumed_without_its_error_warns_once_and_counts_on():
     assert resumed.history == [Segment(3, 1.0, 1.0, 0.7, 0.5), Segment(1, 2.0, 1.0, 0.7, 0.5)]
 
 
+def test_steps_that_a_checkpoint_does_not_have_are_said():
+    params = parameters()
+    optimizer = make(DPSGD, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step(empty=True)
+    later = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(later)
+    optimizer.step(empty=True)
+    with pytest.warns(UserWarning, match="1 steps that were made here are not in the history that is loaded"):
+        optimizer.load_state_dict(later)
+    with pytest.warns(UserWarning, match="1 steps that were made here are not in the history that is loaded"):
+        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(later)
+
+
 def test_a_state_dict_is_not_changed_by_later_steps():
     params = parameters()
     optimizer = make(DPSGD, params)
@@ -664,6 +679,65 @@ def test_samples_are_used_once(cls):
 
 
 @both
+def test_samples_are_used_once_in_all_micro_batches(cls):
+    params = parameters()
+    optimizer = make(cls, params)
+    first, second = samples(params, 2), samples(params, 2, seed=1)
+    for grads in (first, second):
+        write(params, grads)
+        optimizer.accumulate()
+    write(params, first)
+    with pytest.raises(RuntimeError, match="has been used by a step before"):
+        optimizer.accumulate()
+    write(params, [[grad, grad] for grad in samples(params, 2, seed=2)])
+    with pytest.raises(RuntimeError, match="has the same samples twice"):
+        optimizer.step()
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_grad_norm", 0.1), ("noise_std_sum", 9.0), ("expected_batch_size", 2.0), ("sample_rate", 0.1)],
+)
+def test_constants_do_not_change_within_a_batch(cls, name, value):
+    """A batch that was clipped at one bound must not be counted as one that was clipped at another."""
+    params = parameters()
+    optimizer = make(cls, params)
+    write(params, samples(params, 2, scale=100.0))
+    optimizer.accumulate()
+    setattr(optimizer, name, value)
+    for go_on in (optimizer.step, optimizer.accumulate):
+        with pytest.raises(RuntimeError, match=f"{name} was changed from .* to {value} between micro-batches"):
+            go_on()
+    optimizer.zero_grad()
+    write(params, samples(params, 2))
+    optimizer.step()
+    assert [segment.steps for segment in optimizer.history] == [1]
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_grad_norm", -1.0),
+        ("noise_std_sum", float("nan")),  # which would be no noise
+        ("noise_std_sum", -1.0),
+        ("expected_batch_size", 0.0),
+        ("sample_rate", 2.0),
+    ],
+)
+def test_constants_are_looked_at_in_every_step(cls, name, value):
+    params = parameters()
+    optimizer = make(cls, params)
+    setattr(optimizer, name, value)
+    write(params, samples(params, 2))
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+@both
 def test_unused_parameters_have_noise(cls):
     params = parameters()
     optimizer = make(cls, params, allow_unused=True)
@@ -684,6 +758,42 @@ def test_frozen_parameters_stay_where_they_are(cls):
     optimizer.step()
     assert params[0].grad is None
     assert torch.equal(params[0], before)
+
+
+@both
+def test_a_parameter_that_is_frozen_after_backward_has_no_gradient(cls):
+    """Opacus leaves the gradient of the batch in p.grad, which has no noise."""
+    params = parameters()
+    optimizer = make(cls, params)
+    write(params, samples(params, 2))
+    params[0].grad = torch.ones_like(params[0])
+    params[0].requires_grad_(False)
+    before = params[0].clone()
+    optimizer.step()
+    assert torch.equal(params[0], before)
+    assert params[0].grad is None
+    assert params[0].grad_sample is None
+
+
+@both
+def test_groups_may_be_added_as_iterators(cls):
+    optimizer = make(cls, parameters())
+    layer = nn.Linear(2, 2).double()
+    optimizer.add_param_group({"params": layer.parameters()})
+    assert optimizer.param_groups[1]["params"] == [layer.weight, layer.bias]
+    with pytest.raises(ValueError, match="params must be real and dense"):
+        optimizer.add_param_group({"params": iter([torch.zeros(2, dtype=torch.complex64)])})
+
+
+@both
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+def test_the_smallest_numbers_are_clipped_too(cls, clipping):
+    params = [torch.zeros(2, dtype=torch.float64, requires_grad=True)]
+    bound = 4e-16  # whose weight would be less than a float64 can be, and is rounded up
+    optimizer = make(cls, params, noise_std_sum=0, max_grad_norm=bound, expected_batch_size=1, clipping=clipping)
+    write(params, [torch.tensor([[1e308, 0.0]]).double()])
+    optimizer.step()
+    assert params[0].grad.norm() <= bound
 
 
 @both
@@ -713,6 +823,7 @@ def test_a_grad_scaler_is_refused(cls):
         (lambda d: d["private_error"].update({9: torch.zeros(2)}), "private_error of parameter 9 does not fit"),
         (lambda d: d["private_error"].update({0: torch.zeros(2)}), "private_error of parameter 0 does not fit"),
         (lambda d: d.update(private_error=[torch.zeros(2)]), "private_error must be a dictionary"),
+        (lambda d: d["param_groups"][0].update(history=[]), "private_error is that of steps, and history has none"),
     ],
 )
 def test_checkpoints_that_do_not_fit_change_nothing(spoil, message):
