@@ -154,7 +154,7 @@ def two_basins(x: Tensor) -> Tensor:
 
 
 def plateau(x: Tensor) -> Tensor:
-    """1 - exp(-|x|^2 / 0.98): a hole in a plain, where gradients vanish."""
+    """1 - exp(-sum(x^2) / 0.98): a hole in a plain, where gradients vanish."""
     return 1 - (-x.square().sum(-1) / 0.98).exp()
 
 

@@ -119,7 +119,8 @@ def by_gradients(
             watch(optimizers[0], params[0], slope)
         if step % 20 == 0:
             progress(method.label, step, steps)
-    return Paths(torch.stack(path, 2), torch.arange(steps + 1.0).expand(*points.shape[:2], steps + 1))
+    cost = torch.arange(steps + 1, dtype=torch.float64).repeat(*points.shape[:2], 1)
+    return Paths(torch.stack(path, 2), cost)
 
 
 def _singly(run: Callable[..., tuple[list[Tensor], list[float]]]) -> Drive:
@@ -318,7 +319,7 @@ def paths(
     A path that leaves what numbers can hold goes on as NaN; the others do not notice.
     """
     entry = method(spec)
-    steps = _whole("steps", it.steps if steps is None else steps)
+    steps = whole("steps", it.steps if steps is None else steps)
     starts = it.start[None] if starts is None else torch.as_tensor(starts, dtype=torch.float64).reshape(-1, it.dim)
     drive = entry.drive or by_gradients
     with warnings.catch_warnings():
@@ -326,7 +327,8 @@ def paths(
         return drive(entry, [{**entry.options, **options} for options in variants], it, starts, steps, progress, watch)
 
 
-def _whole(name: str, value: Any, least: int = 1) -> int:
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """The value, if it is a whole number of at least ``least``; else an error that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
@@ -352,8 +354,8 @@ class Tune:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _whole("trials", self.trials, 2)
-        _whole("starts", self.starts)
+        whole("trials", self.trials, 2)
+        whole("starts", self.starts)
         check_number("low", self.low, 0.0, math.inf, "finite and > 0", above=True)
         check_number("high", self.high, self.low, math.inf, f"finite and > low, {self.low!r}", above=True)
 
@@ -516,7 +518,7 @@ def trace(
     it = scene(it) if isinstance(it, str) else it
     tune = tune or Tune()
     shown = it.start[None] if starts is None else torch.as_tensor(starts, dtype=torch.float64).reshape(-1, it.dim)
-    shown = shown.repeat_interleave(_whole("seeds", seeds), 0)
+    shown = shown.repeat_interleave(whole("seeds", seeds), 0)
     every = torch.cat([shown, tune.around(it)])
     runs = []
     for name, (entry, given) in entries(methods, baselines).items():
@@ -579,7 +581,7 @@ def basins(
     it = scene(it) if isinstance(it, str) else it
     if it.dim != 2:
         raise ValueError(f"a basin map needs a scene of two dimensions, {it.name} has {it.dim}")
-    _whole("grid", grid, 2)
+    whole("grid", grid, 2)
     lr = tuned_rate(it, spec, steps, tune, progress) if lr is None else lr
     x, y = (torch.linspace(float(low), float(high), grid, dtype=torch.float64) for low, high in it.box)
     starts = torch.cartesian_prod(y, x).flip(1)
@@ -614,10 +616,10 @@ def _with(options: Options, defaults: Mapping[str, Any], path: str, value: float
     name, _, index = path.partition(".")
     if not index:
         return {**options, name: value}
-    whole = options.get(name, defaults.get(name))
-    if not isinstance(whole, tuple | list) or not index.isdigit() or int(index) >= len(whole):
-        raise ValueError(f"{path!r} is no setting: {name} is {whole!r}")
-    return {**options, name: tuple(value if i == int(index) else old for i, old in enumerate(whole))}
+    every = options.get(name, defaults.get(name))
+    if not isinstance(every, tuple | list) or not index.isdigit() or int(index) >= len(every):
+        raise ValueError(f"{path!r} is no setting: {name} is {every!r}")
+    return {**options, name: tuple(value if i == int(index) else old for i, old in enumerate(every))}
 
 
 def _value(options: Mapping[str, Any], path: str) -> float | None:
@@ -629,7 +631,7 @@ def _value(options: Mapping[str, Any], path: str) -> float | None:
 def axis_values(axis: Axis) -> list[float]:
     """The values of an axis (setting, low, high, count): by their logarithm where both ends are > 0 and far apart."""
     name, low, high, count = axis
-    _whole(f"the number of values of {name}", count, 2)
+    whole(f"the number of values of {name}", count, 2)
     if low > 0 and high / low >= 30:
         return [float(10**e) for e in torch.linspace(math.log10(low), math.log10(high), count).tolist()]
     return [float(v) for v in torch.linspace(low, high, count, dtype=torch.float64).tolist()]
@@ -805,7 +807,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, every: int = 1, max_mb: float = 200.0) -> None:
-        self.model, self.every, self.calls = model, _whole("every", every), 0
+        self.model, self.every, self.calls = model, whole("every", every), 0
         check_number("max_mb", max_mb, 0.0, math.inf, "finite and > 0", above=True)
         size = 4e-6 * sum(param.numel() for param in model.parameters())
         self._most = int(max_mb / size) if size else 0
@@ -939,7 +941,7 @@ def pca_plane(
     rows = {name: torch.stack(list(r.rows if isinstance(r, Recorder) else r)).double() for name, r in records.items()}
     if not rows or sum(map(len, rows.values())) < 3:
         raise ValueError("records must hold three points or more")
-    _whole("n", n, 3)
+    whole("n", n, 3)
     every = torch.cat(list(rows.values()))
     origin = every.mean(0)
     moved = every - origin
@@ -993,7 +995,7 @@ def plane(
     ``reach`` is how far it goes to each side, in lengths of the filters. The other arguments are as in
     :func:`pca_plane`.
     """
-    _whole("n", n, 3)
+    whole("n", n, 3)
     check_number("reach", reach, 0.0, math.inf, "finite and > 0", above=True)
     u, v = filter_normalised(model, seed), filter_normalised(model, seed + 1)
     side, here = _spaced(-reach, reach, n), _flat(model).double()
@@ -1013,7 +1015,7 @@ def interpolate(
     statistics: Iterable[Any] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Losses on the line from one point of parameter space (0) to another (1), and ``margin`` beyond both."""
-    shares = _spaced(-margin, 1 + margin, _whole("n", n, 2))
+    shares = _spaced(-margin, 1 + margin, whole("n", n, 2))
     one, two = first.double(), second.double()
     with _Evaluator(model, loss, statistics) as evaluate:
         return shares, [evaluate(one + share * (two - one)) for share in shares]
@@ -1050,8 +1052,8 @@ def hessian(
         statistics: batches for BatchNorm, which is refused without. It is in evaluation mode.
         progress: told about it.
     """
-    _whole("k", k)
-    places = torch.linspace(0, len(record.rows) - 1, min(_whole("at_most", at_most), len(record.rows)))
+    whole("k", k)
+    places = torch.linspace(0, len(record.rows) - 1, min(whole("at_most", at_most), len(record.rows)))
     chosen, values = sorted({round(float(place)) for place in places}), []
     with _Evaluator(record.model, loss, statistics) as evaluate:
         for done, place in enumerate(chosen):

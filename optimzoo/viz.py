@@ -218,13 +218,16 @@ def contour(tr: Trace, ax: Axes | None = None) -> Axes:
         style = look(index)
         for k, path in enumerate(tr.path(run)):
             line = _drawn(path)
-            alpha = 1.0 if tr.shown == 1 else 0.45
-            ax.plot(*line.T, **style.line(1.6), alpha=alpha, path_effects=_halo(1.6), zorder=4)
-            dots = line[:: max(1, steps // 10)][1:].T
-            ax.plot(*dots, ls="", marker=".", ms=4.5, color=style.colour, alpha=alpha, zorder=5)
+            mark: dict[str, Any] = dict(marker=style.mark, mfc=style.colour, mec="white", mew=0.7, ls="", zorder=8)
+            if tr.shown > 1:
+                ax.plot(*line.T, color=style.colour, lw=0.7, alpha=0.3, zorder=4)
+                mark = dict(mark, ms=5, mew=0.4, alpha=0.8, zorder=5)
+            else:
+                ax.plot(*line.T, **style.line(1.6), path_effects=_halo(1.6), zorder=4)
+                ax.plot(*line[:: max(1, steps // 10)][1:].T, ls="", marker=".", ms=4.5, color=style.colour, zorder=5)
+                mark["ms"] = _end(index, tr)
             if len(line) == steps + 1:
-                mark: dict[str, Any] = dict(marker=style.mark, mfc=style.colour, mec="white", mew=0.7, ls="", zorder=8)
-                ax.plot(*line[-1], ms=_end(index, tr), clip_on=tr.scene.dim == 2, **mark)
+                ax.plot(*line[-1], clip_on=tr.scene.dim == 2, **mark)
             if k == 0:
                 ax.plot([], [], **style.line(2.0), marker=style.mark, ms=7, mec="white", label=_named(run))
     _start(ax, tr.scene, tr.path(tr.runs[0]))
@@ -237,12 +240,12 @@ def loss(tr: Trace, ax: Axes | None = None) -> Axes:
     tops, floor = [], max(1e-14, 1e-13 * abs(tr.scene.least))
     for index, run in enumerate(tr.runs):
         style, gap = look(index), tr.gap(run).nan_to_num(math.inf)
-        x = run.cost[run.chosen, : tr.shown].median(0).values
-        middle = gap.median(0).values.clamp_min(floor)
+        x = run.cost[run.chosen, : tr.shown].median(0).values.numpy()
+        middle = gap.median(0).values.clamp_min(floor).numpy()
         if tr.shown > 1:
-            least, most = (gap.nan_to_num(1e30, 1e30).quantile(q, 0).clamp_min(floor) for q in (0.1, 0.9))
+            least, most = (gap.nan_to_num(1e30, 1e30).quantile(q, 0).clamp_min(floor).numpy() for q in (0.1, 0.9))
             ax.fill_between(x, least, most, color=style.colour, alpha=0.16, lw=0)
-        fine = middle.isfinite()
+        fine = np.isfinite(middle)
         ax.plot(x[fine], middle[fine], **style.line(), label=_named(run), zorder=4)
         if fine.all():
             ax.plot([float(x[-1])], [float(middle[-1])], ls="", marker=style.mark, ms=_end(index, tr), mfc=style.colour,
@@ -611,10 +614,9 @@ def race(
         path.write_text(player(tr), encoding="utf-8")
         return path
     if kind not in (".gif", ".webp"):
-        return save(figure(tr), path)
-    for name, value in (("fps", fps), ("frames", frames)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        return save(figure(tr), path, dpi)
+    for name, value in (("fps", fps), ("frames", frames), ("dpi", dpi)):
+        trajectories.whole(name, value)
     pictures = []
     for done, picture in enumerate(_moving(tr, frames, dpi), 1):
         pictures.append(picture)
@@ -853,6 +855,8 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--optimizer", "--method", default=default, help=f"default: {default}")
         if name not in ("runs",):
             one.add_argument("--trials", type=int, default=Tune.trials, help="learning rates for each optimizer")
+        if name != "gallery":
+            one.add_argument("--dpi", type=int, default=96, help="pixels an inch; default: 96")
         one.add_argument("-o", "--out", default=out, help=f"default: {out}")
         return one
 
@@ -889,21 +893,24 @@ def _draw(args: argparse.Namespace, progress: Progress) -> Path:
     tune = Tune(trials=args.trials) if "trials" in args else Tune()
     if args.command == "gallery":
         return gallery(args.optimizers.split(","), args.scenes.split(","), args.out, tune=tune, progress=progress)
+    trajectories.whole("dpi", args.dpi)
     out = check_file(args.out, moving=args.command == "race")
     if args.command == "matrix":
-        return save(matrix(trajectories.matrix_updates(args.optimizers.split(","), tune=tune, progress=progress)), out)
+        return save(
+            matrix(trajectories.matrix_updates(args.optimizers.split(","), tune=tune, progress=progress)), out, args.dpi
+        )
     if args.command == "runs":
         rows = trajectories.finished_runs(args.file)
         if not rows:
             raise ValueError(f"there are no runs in {args.file!r}")
-        return save(runs(rows, args.task or rows[0]["task"], metric=args.metric), out)
+        return save(runs(rows, args.task or rows[0]["task"], metric=args.metric), out, args.dpi)
     it = scene(args.scene, getattr(args, "dim", None))
     options: dict[str, Any] = dict(steps=args.steps, tune=tune, progress=progress)
     if args.command == "race":
         names: dict[str, Any] = dict.fromkeys(args.optimizers.split(","), "auto")
         names.update({name: dict(lr=value) for name, value in args.lr})
         tr = trace(it.noisy(args.noise) if args.noise else it, names, seeds=args.seeds, **options)
-        return race(tr, out, fps=args.fps, frames=args.frames, progress=progress)
+        return race(tr, out, fps=args.fps, frames=args.frames, dpi=args.dpi, progress=progress)
     if args.command == "fan":
         tr = trace(it, [args.optimizer], **options)
         made = _figure((10.2, 4.8))
@@ -911,12 +918,14 @@ def _draw(args: argparse.Namespace, progress: Progress) -> Path:
         fan(tr, args.optimizer, left)
         rates(tr, right)
         _legend(made, right)
-        return save(made, out)
+        return save(made, out, args.dpi)
     if args.command == "basins":
-        return save(basins(trajectories.basins(it, args.optimizer, lr=args.lr, grid=args.grid, **options)), out)
+        return save(
+            basins(trajectories.basins(it, args.optimizer, lr=args.lr, grid=args.grid, **options)), out, args.dpi
+        )
     if args.command == "heatmap":
-        return save(heatmap(trajectories.sweep(it, args.optimizer, args.x, args.y, **options)), out)
-    return save(anatomy(trajectories.anatomy(it, args.optimizer, lr=args.lr, **options)), out)
+        return save(heatmap(trajectories.sweep(it, args.optimizer, args.x, args.y, **options)), out, args.dpi)
+    return save(anatomy(trajectories.anatomy(it, args.optimizer, lr=args.lr, **options)), out, args.dpi)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
