@@ -251,11 +251,11 @@ def _scaled(net: nn.Module) -> nn.Module:
     return nn.Sequential(Scale(*CIFAR_SCALE), net)
 
 
-def resnet(depth: int, classes: int) -> nn.Module:
+def resnet(depth: int, classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
     """torchvision's, without stride and pooling before the first block, as is usual for 32 x 32 pixels."""
     from torchvision import models
 
-    net = getattr(models, f"resnet{depth}")(num_classes=classes)
+    net = getattr(models, f"resnet{depth}")(num_classes=classes, norm_layer=norm)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     return _scaled(net)
 
@@ -473,7 +473,8 @@ def _imagenet(name: str, target: float, net: Callable[[], nn.Module], **options:
 
 
 _RESNETS = {f"resnet{depth}": functools.partial(resnet, depth) for depth in (18, 34, 50)}
-_NETS = {"vgg11": vgg11, **_RESNETS, "densenet121": densenet121}
+_GROUPS = functools.partial(resnet, 18, norm=functools.partial(nn.GroupNorm, 32))  # samples are kept apart
+_NETS = {"vgg11": vgg11, **_RESNETS, "densenet121": densenet121, "resnet18-groups": _GROUPS}
 _BIASES = {"lr": 106 / 0.24, "weight_decay": 1 / 106}
 _NORM = ("norm", {"lr": 64.0, "weight_decay": 1 / 64})
 CIFAR: tuple[Pixels, ...] = (

@@ -205,7 +205,7 @@ class Private(optimzoo.DPSGD):
 class PrivateDice(Private, optimzoo.DiceSGD):
     """DiceSGD with an error that is fed back within a hundredth of what samples are clipped to.
 
-    It needs 1.4 times the noise of DP-SGD then, to be as private.
+    It needs up to 1.4 times the noise of DP-SGD then, to be as private.
     """
 
     def __init__(

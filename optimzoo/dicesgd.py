@@ -528,8 +528,9 @@ class DPSGD(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks > 1:
             raise TypeError(f"a {type(self).__name__} of several ranks cannot be copied or pickled: use its state dict")
-        constants = {**self._constants(), "process_group": None, "_ranks": 1}
-        return {**super().__getstate__(), "base": self.base, **constants, "_noise": self._noise}
+        own = {"base": self.base, "process_group": None, "_ranks": 1, "_noise": self._noise}
+        constants = {name: value for name, value in self._constants().items() if name != "error_norm_sum"}
+        return {**super().__getstate__(), **constants, "_error_norm": self._error_norm, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -600,7 +601,7 @@ class DiceSGD(DPSGD):
         return cast(float, multiplier) * math.sqrt(self.max_grad_norm**2 + 2 * self._error_norm**2)
 
     def _constants(self) -> dict[str, Any]:
-        own = {"_error_norm": self._error_norm, "windup_cap": self.windup_cap, "privacy": self.privacy}
+        own = {"error_norm_sum": self._error_norm, "windup_cap": self.windup_cap, "privacy": self.privacy}
         return {**super()._constants(), **own}
 
     def epsilon(self, delta: float, *, accountant: str = "pld") -> float:

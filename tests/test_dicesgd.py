@@ -258,6 +258,18 @@ def test_what_is_released_is_finite_whatever_the_samples_are(cls, size, dtype):
         assert released.norm() <= 4 * 1.0 + (2.0 if cls is DiceSGD else 0.0) + 1e-5
 
 
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_rounded_down(clipping, dtype):
+    """So that what float32 rounds up stays within the bound."""
+    params = parameters(dtype, [(500,)])
+    optimizer = make(DPSGD, params, clipping=clipping, max_grad_norm=0.3)
+    grads = samples(params, 50, scale=7.0)
+    (weights,) = optimizer._weights([grads])
+    clipped = weights * grads[0].double().norm(dim=1)
+    assert (clipped <= 0.3 * (1 - (2e-14 if dtype == torch.float64 else 9e-7))).all()
+
+
 def test_another_optimizer_takes_the_private_gradient():
     runs = []
     for private in (True, False):

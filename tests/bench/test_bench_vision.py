@@ -365,7 +365,8 @@ def test_presets_are_of_tasks_methods_and_settings_that_exist(name: str) -> None
     assert preset.amp in ("off", "bf16")
     method = find(preset.method)
     model = torch.nn.Linear(2, 2)
-    assert method.build(model.parameters(), **preset.hp).param_groups[0]["lr"] == preset.hp["lr"]
+    sizes = {"batch": preset.batch, "count": 50_000} if "per_sample" in method.needs else {}
+    assert method.build(model.parameters(), **sizes, **preset.hp).param_groups[0]["lr"] == preset.hp["lr"]
 
 
 def test_vision_suites_are_of_vision_tasks() -> None:
