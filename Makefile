@@ -1,4 +1,4 @@
-# make bench | test | test-sanitize | lint | docs | wheel | step : each makes the environment that it needs.
+# make bench | test | test-integrations | test-sanitize | lint | docs | wheel | step : each makes the environment that it needs.
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OLD_TORCH ?= torch==2.13.0
@@ -7,7 +7,7 @@ ABI_VENV ?= .venv-abi
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 
-.PHONY: bench test test-abi test-sanitize lint format docs wheel step clean
+.PHONY: bench test test-integrations test-abi test-sanitize lint format docs wheel step clean
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench run --out runs
@@ -15,6 +15,9 @@ bench: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/pytest -q
+
+test-integrations: $(VENV)/integrations
+	$(BIN)/pytest -q tests/integrations
 
 step: $(VENV)/peers
 	$(BIN)/python -m bench.step --md
@@ -67,6 +70,10 @@ $(VENV)/ready: setup.cfg pyproject.toml optimzoo/_build.py $(CSRC)
 
 $(VENV)/peers: $(VENV)/ready
 	$(BIN)/pip install -q -e '.[peers]' --no-build-isolation
+	touch $@
+
+$(VENV)/integrations: $(VENV)/ready
+	$(BIN)/pip install -q -e '.[integrations]' --no-build-isolation
 	touch $@
 
 $(ABI_VENV)/ready: setup.cfg

@@ -49,7 +49,7 @@ class Run(Training):
     def advance(self) -> float:
         """Takes one step and returns the loss before it; CPU time of looks is kept apart."""
         start = time.process_time()
-        batch = self._batch()
+        batch = self.batch()
         if self.learner is not None:
             looks = self.learner.looks
             self.learner.step(lambda: self.task.loss(self.model, batch))

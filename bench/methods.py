@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-NEEDS = frozenset({"closure", "hvp", "per_sample", "forward_only", "batch_control", "targets", "two_groups"})
+NEEDS = {
+    "closure": "steps with a closure that takes the gradient",
+    "forward_only": "steps with a closure that returns the loss",
+    "targets": "steps with a closure that returns outputs and a function of them, and counts what it spends",
+    "layers": "is built with the training targets too, and takes its gradients in a forward pass within targets(..)",
+    "hvp": "after a step looks at the curvature of the batch's loss, and takes the schedule's factor",
+    "batch_control": "draws its own batches",
+    "per_sample": "is built with the sizes of batch and data too, and reads the gradient of each sample",
+    "two_groups": "is built from two groups: weights of two or more dimensions, and all else",
+    "model": "is built from the model in place of its parameters",
+}
 
 
 @dataclass(frozen=True)
@@ -46,26 +56,31 @@ class OptSpec:
     Args:
         name: what the user types and the report prints.
         build: ``build(params, **hyper_parameters)`` makes the optimizer.
-        space: for each searched hyper-parameter the middle of its grid of half-decades.
+        space: for each searched hyper-parameter the middle of its grid of half-decades, or a tuple of choices.
         defaults: the hyper-parameters of a run without tuning; a search replaces those in ``space``.
         needs: what the loop must provide beyond a gradient in ``p.grad``, a subset of ``NEEDS``.
+        origin: the package that the method comes from. Default: that of ``build``.
     """
 
     name: str
     build: Callable[..., torch.optim.Optimizer]
-    space: dict[str, float] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
+    origin: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := self.needs - NEEDS:
+        if unknown := self.needs - set(NEEDS):
             raise ValueError(f"{self.name} needs {sorted(unknown)}; what a method can need is {sorted(NEEDS)}")
 
     @property
     def package(self) -> str:
         """Package and version that the optimizer comes from; a run of another version is another run."""
-        built = self.build.load() if isinstance(self.build, Imported) else self.build
-        name = built.__module__.partition(".")[0].replace(__package__, "torch")  # ours below are torch's, varied
+        name = self.origin
+        if not name:
+            built = self.build.load() if isinstance(self.build, Imported) else self.build
+            name = built.__module__.partition(".")[0]
+        importlib.import_module(name)
         return f"{name} {package_version(name)}"
 
 
@@ -80,25 +95,62 @@ def rung_value(rung: int) -> float:
     return float(f"{(1, 3)[rung % 2]}e{rung // 2}")
 
 
-class HalfAdam(torch.optim.Adam):
-    """Adam at half of the learning rate it is given: what diffGrad is where gradients are small or steady."""
+def ours(name: str, build: str, space: dict[str, Any], defaults: dict[str, Any], *needs: str) -> OptSpec:
+    """A method of this library, built by what ``bench.zoo`` has or by its class."""
+    path = build if ":" in build else f"optimzoo:{build}"
+    return OptSpec(name, Imported(path), space, defaults, frozenset(needs), "optimzoo")
 
-    def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
-        super().__init__(params, lr=lr / 2, **settings)
+
+def theirs(name: str, build: str, space: dict[str, Any], defaults: dict[str, Any], *needs: str) -> OptSpec:
+    """A method of torch."""
+    path = build if ":" in build else f"torch.optim:{build}"
+    return OptSpec(name, Imported(path), space, defaults, frozenset(needs), "torch")
 
 
-ADAM_LIKE = {"lr": 3e-3}
-SGD_LIKE = {"lr": 3e-2}
+# The middles of the grids by family, and two values of one more hyper-parameter: 14 trials for every method.
+COUPLED, DECOUPLED = (0.0, 5e-4), (0.0, 0.05)  # weight decays that suit gradients and steps
+SGD_LIKE = {"lr": 3e-2, "weight_decay": COUPLED}
+ADAM_LIKE = {"lr": 3e-3, "weight_decay": COUPLED}
+ADAMW_LIKE = {"lr": 3e-3, "weight_decay": DECOUPLED}
 
 METHODS: dict[str, OptSpec] = {
     spec.name: spec
     for spec in (
-        OptSpec("sgd", Imported("torch.optim:SGD"), SGD_LIKE, {"lr": 0.1, "momentum": 0.9}),
-        OptSpec("adam", Imported("torch.optim:Adam"), ADAM_LIKE, {"lr": 1e-3}),
-        OptSpec("adam-half", Imported("bench.methods:HalfAdam"), ADAM_LIKE, {"lr": 1e-3}),
-        OptSpec("adamw", Imported("torch.optim:AdamW"), ADAM_LIKE, {"lr": 1e-3}),
-        OptSpec("diffgrad", Imported("optimzoo:DiffGrad"), ADAM_LIKE, {"lr": 1e-3}),
-        OptSpec("adabelief", Imported("optimzoo:AdaBelief"), ADAM_LIKE, {"lr": 1e-3}),
+        theirs("sgd", "SGD", SGD_LIKE, {"lr": 0.1, "momentum": 0.9}),
+        theirs("adam", "Adam", ADAM_LIKE, {"lr": 1e-3}),
+        theirs("adam-half", "bench.zoo:HalfAdam", ADAM_LIKE, {"lr": 1e-3}),
+        theirs("adamw", "AdamW", ADAMW_LIKE, {"lr": 1e-3}),
+        theirs("radam", "RAdam", ADAM_LIKE, {"lr": 1e-3}),
+        theirs("nadam", "NAdam", ADAM_LIKE, {"lr": 2e-3}),
+        theirs("muon", "bench.zoo:MuonAdamW", ADAMW_LIKE, {"lr": 1e-3, "weight_decay": 0.1}, "two_groups"),
+        ours("diffgrad", "DiffGrad", ADAM_LIKE, {"lr": 1e-3}),
+        ours("adabelief", "AdaBelief", ADAMW_LIKE, {"lr": 1e-3}),
+        ours("adagradnorm", "AdaGradNorm", {"lr": 1.0, "weight_decay": COUPLED}, {"lr": 1.0}),
+        ours("dalesgd", "bench.zoo:DALE_SGD", {"lr": 0.3, "weight_decay": COUPLED},
+             {"lr": 0.1, "momentum": 0.9}, "two_groups"),
+        ours("daleadamw", "bench.zoo:DALE_ADAMW", {"lr": 1e-2, "weight_decay": (0.0, 1e-2)},
+             {"lr": 1e-3, "weight_decay": 1e-2}, "two_groups"),
+        ours("dalelangevin", "bench.zoo:DALE_LANGEVIN", {"lr": 0.1, "s": (0.01, 0.1)},
+             {"lr": 1e-3, "s": 1.0}, "two_groups"),
+        ours("adadagrad", "bench.zoo:AdAdaGrad", {"lr": 3e-2, "eta": (0.5, 1.0)},
+             {"lr": 1e-2, "eta": 0.5}, "batch_control"),
+        ours("adadagradnorm", "bench.zoo:AdAdaGradNorm", {"lr": 1.0, "eta": (0.5, 1.0)},
+             {"lr": 1.0, "eta": 0.5}, "batch_control"),
+        ours("cbo", "bench.zoo:cbo", {"lr": 0.1, "init_std": (0.1, 1.0)}, {"lr": 0.1}, "forward_only", "model"),
+        ours("sso", "bench.zoo:sso", {"lr": 1.0, "inner_steps": (3, 10)}, {"lr": 1.0}, "targets", "model"),
+        ours("lanczos", "bench.zoo:LanczosSGD", {"lr": 1.0, "learn": ("fixed", "learn")}, {"lr": 1.0}, "hvp", "model"),
+        ours("tpsgd", "bench.zoo:tpsgd", {"lr": 1e-2, "local_loss": ("l2", "l1")},
+             {"lr": 1e-2, "momentum": 0.9}, "layers", "model"),
+        ours("dpsgd", "bench.zoo:Private", {"lr": 0.3, "max_grad_norm": (0.1, 1.0)}, {"lr": 0.1}, "per_sample"),
+        ours("dicesgd", "bench.zoo:PrivateDice", {"lr": 0.3, "max_grad_norm": (0.1, 1.0)}, {"lr": 0.1}, "per_sample"),
+    )
+}  # fmt: skip
+# What other packages have of ours, named by their paths.
+PEERS: dict[str, OptSpec] = {
+    path: OptSpec(path, Imported(path), space, defaults)
+    for path, space, defaults in (
+        ("torch_optimizer:DiffGrad", ADAM_LIKE, {"lr": 1e-3}),
+        ("adabelief_pytorch:AdaBelief", ADAMW_LIKE, {"lr": 1e-3, "rectify": False, "print_change_log": False}),
     )
 }
 
@@ -106,7 +158,8 @@ METHODS: dict[str, OptSpec] = {
 def find(name: str) -> OptSpec:
     """The method called ``name``, or the class or ``OptSpec`` at ``package.module:Name``.
 
-    A class is searched around its own default learning rate; it needs a closure if its ``step`` demands one.
+    A class is searched around its own default learning rate, without and with a little weight decay if it has any; it
+    needs a closure if its ``step`` demands one.
 
     Raises:
         LookupError: if there is no such method; the message names the nearest ones.
@@ -122,18 +175,24 @@ def find(name: str) -> OptSpec:
         raise LookupError(f"no method {name!r}: {error}") from error
     except AttributeError as error:
         raise LookupError(f"no {attribute!r} in {module}{nearest(attribute, vars(sys.modules[module]))}") from error
+    if name in PEERS:
+        return PEERS[name]
     if isinstance(found, OptSpec):
         return found
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise LookupError(f"{name} is neither a torch.optim.Optimizer class nor an OptSpec")
-    lr = inspect.signature(found).parameters.get("lr")
+    takes = inspect.signature(found).parameters
+    lr = takes.get("lr")
     default = float(lr.default) if lr and isinstance(lr.default, int | float) else ADAM_LIKE["lr"]
     closure = inspect.signature(found.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
+    space = {"lr": default} if lr else {}
+    if "weight_decay" in takes:
+        space["weight_decay"] = COUPLED
     return OptSpec(
         name,
         Imported(name),
-        {"lr": default} if lr else {},
+        space,
         {"lr": default} if lr else {},
         frozenset({"closure"} if required else ()),
     )

@@ -1,11 +1,12 @@
 """How a sweep is shown while it runs: a rich bar on a terminal, lines elsewhere, or nothing."""
 
+import json
 import sys
 import time
 from typing import Any, TextIO
 
 from bench.run import Settings
-from bench.store import Record
+from bench.store import Record, finite
 
 
 def clock(seconds: float) -> str:
@@ -41,6 +42,10 @@ class Silent:
     def finish(self, settings: Settings, record: Record, done: int, left: int, eta: float | None) -> None:
         """A run has ended; ``left`` and the seconds ``eta`` are what the sweep still has to do."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+        print(text, file=sys.stderr)
+
 
 class Plain(Silent):
     """A line for every failure, and one on how things stand every few seconds."""
@@ -61,6 +66,15 @@ class Plain(Silent):
     def _line(self, text: str) -> None:
         self.stream.write(text + "\n")
         self.stream.flush()
+
+
+class Lines(Silent):
+    """A line of JSON for every run that ends, for programs."""
+
+    def finish(self, settings: Settings, record: Record, done: int, left: int, eta: float | None) -> None:
+        keys = {key: record.get(key) for key in ("id", "status", "phase", "metrics", "error", "wall_s")}
+        line = {**keys, "task": settings.task, "method": settings.method, "hp": settings.hp, "seed": settings.seed}
+        print(json.dumps(finite({**line, "done": done, "left": left, "eta_s": eta})), flush=True)
 
 
 class Rich(Silent):
@@ -88,6 +102,9 @@ class Rich(Silent):
             self.runs[settings.id] = self.bars.add_task(f"[dim]{title(settings)}", note="", total=1.0)
         self.bars.update(self.runs[settings.id], completed=share)
 
+    def note(self, text: str) -> None:
+        self.bars.console.print(text, style="yellow", markup=False, highlight=False)
+
     def finish(self, settings: Settings, record: Record, done: int, left: int, eta: float | None) -> None:
         self.bars.remove_task(self.runs.pop(settings.id))
         if record["status"] != "ok":
@@ -99,9 +116,11 @@ class Rich(Silent):
 
 
 def view(kind: str) -> Silent:
-    """``auto``, ``plain`` or ``none``; a bar needs a terminal and rich."""
+    """``auto``, ``plain``, ``json`` or ``none``; a bar needs a terminal and rich."""
     if kind == "none":
         return Silent()
+    if kind == "json":
+        return Lines()
     if kind == "auto" and sys.stderr.isatty():
         try:
             return Rich()

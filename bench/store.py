@@ -3,20 +3,29 @@
 manifest.json    the sweep, written once and widened by later calls
 runs.jsonl       a line for every finished run
 curves/ID.jsonl  the learning curve of a run, a line for every evaluation
-ckpt/ID.pt       where an unfinished run stands
+ckpt/ID.pt       where an unfinished run stands; of several processes ckpt/ID.STEP, a folder
+locks/ID         which process has a run in hand, written to as long as it lives
+
+Several processes, on machines that share the folder, may work in it.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 Record = dict[str, Any]
+FORMAT = 2  # of the folder
+STALE = 60.0  # seconds after which a lock that nobody has written to is nobody's
 
 
 def canonical(value: Any) -> str:
@@ -43,65 +52,150 @@ def finite(value: Any) -> Any:
 def replace(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file in one piece: a reader, or a crash, meets the old content or the new."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    with open(part, "wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    try:
+        with open(part, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 class Store:
-    """A results folder. One process at a time may append; any number may read."""
+    """A results folder, as one process sees it.
+
+    Raises:
+        ValueError: from whatever reads it, if another version of the benchmark wrote it.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.runs = self.folder / "runs.jsonl"
+        self.held: set[str] = set()  # the runs whose locks are ours
+        self._read, self._lines = 0, 0  # bytes and lines of runs.jsonl that are in _records
+        self._records: dict[str, Record] = {}
 
     def create(self) -> None:
-        for name in ("curves", "ckpt"):
+        for name in ("curves", "ckpt", "locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
     def manifest(self) -> Record | None:
         file = self.folder / "manifest.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        if not file.exists():
+            return None
+        manifest: Record = json.loads(file.read_text())
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder} has results in format {manifest.get('format')}, and this benchmark reads format "
+                f"{FORMAT}; use the version that wrote them, or another folder"
+            )
+        return manifest
 
     def save_manifest(self, manifest: Record) -> None:
-        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+        text = json.dumps({"format": FORMAT, **manifest}, indent=1, allow_nan=False) + "\n"
         replace(self.folder / "manifest.json", lambda stream: stream.write(text.encode()))
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[float]:
+        """Keeps the other processes from what is to be done by one at a time; hands out the folder's time."""
+        with open(self.folder / "locks" / "folder", "ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            os.utime(stream.fileno())
+            yield os.fstat(stream.fileno()).st_mtime
 
     def append(self, record: Record) -> None:
         """Adds a finished run; when this returns the line has reached the disk."""
-        self._drop_torn_line()
-        with open(self.runs, "ab") as stream:
-            stream.write((canonical(finite(record)) + "\n").encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        with self.exclusive():
+            self._drop_torn_line()
+            with open(self.runs, "ab") as stream:
+                stream.write((canonical(finite(record)) + "\n").encode())
+                stream.flush()
+                os.fsync(stream.fileno())
 
     def _drop_torn_line(self) -> None:
         if not self.runs.exists():
             return
         with open(self.runs, "rb+") as stream:
-            content = stream.read()
-            if not content.endswith(b"\n"):
-                stream.truncate(content.rfind(b"\n") + 1)
+            end = size = stream.seek(0, os.SEEK_END)
+            while end and (stream.seek(end - 1), stream.read(1))[1] != b"\n":
+                end -= 1
+            if end < size:
+                stream.truncate(end)
 
-    def records(self) -> dict[str, Record]:
-        """The finished runs by id. A last line without its newline was torn by a crash and does not count.
+    def news(self) -> list[Record]:
+        """The runs that were added since this, or :meth:`records`, was last asked.
+
+        A last line without its newline was torn by a crash and does not count.
 
         Raises:
             ValueError: if any other line cannot be read; the message names it.
         """
         if not self.runs.exists():
-            return {}
-        records = {}
-        lines = self.runs.read_bytes().split(b"\n")[:-1]
-        for number, line in enumerate(lines, 1):
+            return []
+        with open(self.runs, "rb") as stream:
+            stream.seek(self._read)
+            content = stream.read()
+        found = []
+        for line in content[: content.rfind(b"\n") + 1].splitlines(keepends=True):
             try:
                 record = json.loads(line)
-                records[record["id"]] = record
+                self._records[record["id"]] = record
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.runs}:{number} is not a run: {error}") from error
-        return records
+                raise ValueError(f"{self.runs}:{self._lines + 1} is not a run: {error}") from error
+            self._read, self._lines = self._read + len(line), self._lines + 1
+            found.append(record)
+        return found
+
+    def records(self) -> dict[str, Record]:
+        """The finished runs by id; of several with one id the last."""
+        self.news()
+        return dict(self._records)
+
+    # Locks
+
+    def claim(self, run: str) -> bool:
+        """Takes a run in hand; false if another process that lives has it."""
+        file = self.folder / "locks" / run
+        with self.exclusive() as now:
+            if file.exists():
+                if not self._is_stale(file, now):
+                    return False
+                file.unlink()
+            with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w") as stream:
+                stream.write(f"{socket.gethostname()}:{os.getpid()}")
+        self.held.add(run)
+        return True
+
+    def _is_stale(self, file: Path, now: float) -> bool:
+        """Whether the process that made a lock is dead, or has been silent for too long."""
+        if now - file.stat().st_mtime > STALE:
+            return True
+        host, _, process = file.read_text().rpartition(":")
+        if host != socket.gethostname():
+            return False
+        if int(process) == os.getpid():  # of a process before this one, which had its number
+            return file.name not in self.held
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+    def beat(self) -> None:
+        """Shows that the runs in hand still are."""
+        for run in self.held:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.folder / "locks" / run)
+
+    def release(self, run: str) -> None:
+        self.held.discard(run)
+        (self.folder / "locks" / run).unlink(missing_ok=True)
+
+    # Curves and checkpoints
 
     def save_curve(self, run: str, rows: Iterable[Record]) -> None:
         text = "".join(canonical(finite(row)) + "\n" for row in rows)
@@ -119,7 +213,9 @@ class Store:
         return torch.load(file, weights_only=True) if file.exists() else None
 
     def drop_checkpoint(self, run: str) -> None:
-        (self.folder / "ckpt" / f"{run}.pt").unlink(missing_ok=True)
+        for file in (self.folder / "ckpt").glob(f"{run}.*"):  # of several processes it is a folder
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
     def unfinished(self) -> list[str]:
-        return [file.stem for file in sorted((self.folder / "ckpt").glob("*.pt"))]
+        files = (self.folder / "ckpt").glob("*")
+        return sorted({file.name.partition(".")[0] for file in files if not file.name.endswith(".part")})

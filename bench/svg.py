@@ -53,12 +53,15 @@ class Scale:
         return min(max((at - low) / (high - low), -0.02), 1.02)
 
 
-def linear(values: Iterable[float], count: int = 5, label: Callable[[float], str] = "{:g}".format) -> Scale:
-    """A linear scale over ``values`` with about ``count`` round ticks."""
+def linear(
+    values: Iterable[float], count: int = 5, label: Callable[[float], str] = "{:g}".format, padding: float = 0.0
+) -> Scale:
+    """A linear scale over ``values`` with about ``count`` round ticks, and room at both ends."""
     values = list(values)
     low, high = min(values), max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
+    low, high = low - padding * (high - low), high + padding * (high - low)
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
@@ -146,7 +149,7 @@ class Panel:
         (x1, y1), (x2, y2) = self.at(*start), self.at(*end)
         self.parts.append(f'<path class="{style}" d="M{x1},{y1}L{x2},{y2}"/>')
 
-    def frame(self, rows: Sequence[str] = ()) -> None:
+    def frame(self, rows: Sequence[str] = (), styles: Sequence[str] = ()) -> None:
         """Draws grid and ticks; ``rows`` name the lines 0, 1, .. of a plot whose y axis is a list."""
         for tick in self.x.ticks:
             self.rule((tick, self.y.low), (tick, self.y.high), "grid")
@@ -155,7 +158,9 @@ class Panel:
         for tick in self.y.ticks:
             self.rule((self.x.low, tick), (self.x.high, tick), "grid")
             x, y = self.at(self.x.low, tick)
-            self.text(x - 5, y + 3.5, rows[round(tick)] if rows else self.y.label(tick), "tick end")
+            line = round(tick)
+            label, style = (rows[line], f" {styles[line]}") if rows else (self.y.label(tick), "")
+            self.text(x - 5, y + 3.5, label, f"tick end{style}")
         middle = (self.left + self.width - 10) / 2
         self.text(middle, self.height - 4, self.x_label, "label middle")
 

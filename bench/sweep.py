@@ -3,41 +3,66 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from bench.pool import train_all
+from bench.methods import nearest
+from bench.pool import Request, train_all
+from bench.presets import PRESETS
 from bench.progress import Silent
-from bench.protocol import Cell, Protocol
-from bench.run import Settings, environment
+from bench.protocol import RAISED, Cell, Plan, Protocol
+from bench.run import Machine, Settings, environment
 from bench.store import Record, Store
 
+WIDENED = ("seeds",)  # the rules that a later call may raise: more of the same runs
 
-def open_sweep(store: Store, tasks: Iterable[str], methods: Iterable[str], protocol: Protocol) -> list[Cell]:
+
+def open_sweep(
+    store: Store, tasks: Iterable[str], methods: Iterable[str], protocol: Protocol, presets: Iterable[str] = ()
+) -> list[Cell]:
     """Records the sweep in the folder's manifest and returns its cells.
 
-    A later call may add tasks, methods and seeds; it may not change the rules.
+    A later call may add tasks, methods, presets and seeds; it may not change the rules.
 
     Raises:
         ValueError: if the folder's sweep has other rules; the message names them.
     """
     rules = protocol.as_record()
-    if known := store.manifest():
-        differ = [key for key in rules if key != "seeds" and rules[key] != known["protocol"][key]]
-        if differ:
-            was = ", ".join(f"{key} {known['protocol'][key]}" for key in differ)
-            raise ValueError(f"{store.folder} holds a sweep with {was}; give this one another --out")
-        tasks = dict.fromkeys([*known["tasks"], *tasks])
-        methods = dict.fromkeys([*known["methods"], *methods])
-        rules["seeds"] = max(rules["seeds"], known["protocol"]["seeds"])
     store.create()
-    manifest = {"format": 1, "tasks": list(tasks), "methods": list(methods), "protocol": rules}
-    store.save_manifest({**manifest, "env": environment()})
+    with store.exclusive():
+        if known := store.manifest():
+            differ = [key for key in rules if key not in WIDENED and rules[key] != known["protocol"][key]]
+            if bool(known["presets"]) != bool(presets):
+                raise ValueError(f"{store.folder} holds {'presets' if known['presets'] else 'no presets'}; give this "
+                                 "sweep another --out")  # fmt: skip
+            if differ:
+                was = ", ".join(f"{key} {known['protocol'][key]}" for key in differ)
+                raise ValueError(f"{store.folder} holds a sweep with {was}; give this one another --out")
+            tasks = dict.fromkeys([*known["tasks"], *tasks])
+            methods = dict.fromkeys([*known["methods"], *methods])
+            presets = dict.fromkeys([*known["presets"], *presets])
+            rules |= {key: max(rules[key], known["protocol"][key]) for key in WIDENED}
+        manifest = {"tasks": list(tasks), "methods": list(methods), "presets": list(presets), "protocol": rules}
+        store.save_manifest({**manifest, "env": environment()})
     return cells(manifest)
 
 
 def cells(manifest: Record) -> list[Cell]:
-    """Every method on every task, task by task, so that a sweep cut short has finished some."""
+    """Every method on every task, task by task, so that a sweep cut short has finished some; or the presets."""
     protocol = Protocol(**manifest["protocol"])
+    if manifest["presets"]:
+        return [Cell(PRESETS[name].task, PRESETS[name].method, protocol, name) for name in manifest["presets"]]
     return [Cell(task, method, protocol) for task in manifest["tasks"] for method in manifest["methods"]]
+
+
+def find_preset(name: str) -> str:
+    """The name of a preset that exists.
+
+    Raises:
+        LookupError: there is none; the message names the nearest ones.
+    """
+    if name not in PRESETS:
+        raise LookupError(f"no preset called {name!r}{nearest(name, PRESETS)}")
+    return name
 
 
 class Pace:
@@ -63,39 +88,119 @@ class Pace:
         return sum(count * mean(task) for task, count in pending.items()) / workers
 
 
+@dataclass
+class Progress:
+    """The cells of this process, the runs known so far, and the plan of each cell until one of its runs ends.
+
+    Runs that raised before are not counted, so that they are tried again.
+    """
+
+    store: Store
+    cells: list[Cell]
+    records: dict[str, Record] = field(default_factory=dict)
+    plans: dict[Cell, Plan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.records = {run: r for run, r in self.store.records().items() if r["status"] not in RAISED}
+
+    def add(self, record: Record) -> None:
+        self.records[record["id"]] = record
+        settings = record["settings"]
+        for cell in self.cells:
+            if (cell.task, cell.method) == (settings["task"], settings["method"]):
+                self.plans.pop(cell, None)
+
+    def refresh(self) -> None:
+        """Takes notice of the runs that other processes have ended."""
+        for record in self.store.news():
+            self.add(record)
+
+    def plan(self, cell: Cell) -> Plan:
+        if cell not in self.plans:
+            self.plans[cell] = cell.plan(self.records)
+        return self.plans[cell]
+
+    @property
+    def pending(self) -> dict[str, int]:
+        """How many runs each task still wants."""
+        left: dict[str, int] = defaultdict(int)
+        for cell in self.cells:
+            left[cell.task] += self.plan(cell).left
+        return left
+
+    def next_run(self) -> Request:
+        """A run that nobody has in hand, now ours; "wait" if others have all there is; None if there is none."""
+        waiting: Request = None
+        for cell in self.cells:
+            for settings in list(self.plan(cell).wanted):
+                if settings.id in self.store.held:
+                    waiting = "wait"
+                    continue
+                if not self.store.claim(settings.id):
+                    waiting = "wait"
+                    continue
+                self.refresh()  # another process may have ended it just before the claim
+                if settings.id not in self.records:
+                    return settings
+                self.store.release(settings.id)
+        if waiting:
+            self.refresh()
+        return waiting
+
+
 def run_sweep(
-    store: Store, cells: list[Cell], workers: int, max_time: float | None, checkpoint_every: float, view: Silent
+    store: Store,
+    cells: list[Cell],
+    workers: int,
+    max_time: float | None,
+    machine: Machine,
+    view: Silent,
+    run_time: float | None = None,
 ) -> tuple[dict[str, Record], bool]:
     """Trains what the cells want; returns the records and whether time allowed all of it.
 
-    Runs that ended in an error before are tried again.
+    Runs that other processes have in hand are waited for. A run whose line cannot be written, for want of space, is
+    kept, and written with the next one.
+
+    Raises:
+        OSError: at the end there still is no space.
     """
-    records = {run: record for run, record in store.records().items() if record["status"] != "error"}
-    under_way: set[str] = set()
-    begun = time.monotonic()
-    pace = Pace()
-    by_task = {task: [cell for cell in cells if cell.task == task] for task in {cell.task for cell in cells}}
+    state, pace, begun = Progress(store, cells), Pace(), time.monotonic()
+    for run in {*store.unfinished()} & state.records.keys():  # of a process that was killed between line and checkpoint
+        store.drop_checkpoint(run)
+    unsaved: list[Record] = []
 
-    def next_run() -> Settings | None:
-        if max_time is not None and time.monotonic() - begun > max_time:
-            return None
-        for cell in cells:
-            for settings in cell.plan(records).wanted:
-                if settings.id not in under_way:
-                    under_way.add(settings.id)
-                    return settings
-        return None
+    def next_run() -> Request:
+        late = max_time is not None and time.monotonic() - begun > max_time
+        return None if late else state.next_run()
 
-    for settings, share, record in train_all(next_run, store, workers, checkpoint_every):
-        if record is None:
-            pace.start(settings)
-            view.step(settings, share)
-            continue
-        store.append(record)
-        store.drop_checkpoint(settings.id)
-        records[settings.id] = record
-        under_way.discard(settings.id)
-        pace.end(settings)
-        pending = {task: sum(cell.plan(records).left for cell in group) for task, group in by_task.items()}
-        view.finish(settings, record, len(records), sum(pending.values()), pace.left(pending, workers))
-    return records, not any(cell.plan(records).left for cell in cells)
+    def save() -> None:
+        while unsaved:
+            store.append(unsaved[0])
+            run = unsaved.pop(0)["id"]
+            store.drop_checkpoint(run)
+            store.release(run)
+
+    try:
+        for settings, share, record in train_all(next_run, store, workers, machine, run_time):
+            if record is None:
+                pace.start(settings)
+                view.step(settings, share)
+                continue
+            unsaved.append(record)
+            state.add(record)
+            pace.end(settings)
+            try:
+                save()
+            except OSError as error:
+                view.note(f"{settings.id} is not saved yet: {error}")
+            pending = state.pending
+            left = sum(pending.values())
+            view.finish(settings, record, len(state.records), left, pace.left(pending, workers))
+    finally:
+        try:
+            save()
+        finally:
+            for run in list(store.held):
+                store.release(run)
+    return state.records, not sum(state.pending.values())

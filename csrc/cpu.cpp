@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "fused.h"
+#include "pieces.h"
 
 namespace optimzoo {
 
@@ -250,24 +251,6 @@ void fused(StableIValue* stack, uint64_t, uint64_t) {
   torch::stable::parallel_for(0, total, grain, work);
 }
 
-// The inner product of two arrays. Sixteen sums side by side, for the compiler keeps the order of one.
-template <typename P>
-OZ_CLONES double inner_product(const P* left, const P* right, int64_t n) {
-  constexpr int lanes = 16;
-  double sums[lanes] = {};
-  Wide<P> a[lanes], b[lanes];
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    for (int lane = 0; lane < lanes; ++lane) a[lane] = left[i + lane];
-    for (int lane = 0; lane < lanes; ++lane) b[lane] = right[i + lane];
-    for (int lane = 0; lane < lanes; ++lane) sums[lane] += static_cast<double>(a[lane]) * static_cast<double>(b[lane]);
-  }
-  double total = 0;
-  for (; i < n; ++i) total += static_cast<double>(left[i]) * static_cast<double>(right[i]);
-  for (const double sum : sums) total += sum;
-  return total;
-}
-
 // The inner product of two lists of tensors, or of one with itself where the second is empty. It is summed piece by
 // piece in a fixed order, whatever the threads.
 void dot(StableIValue* stack, uint64_t, uint64_t) {
@@ -281,40 +264,20 @@ void dot(StableIValue* stack, uint64_t, uint64_t) {
     fail("out must be one float64 number on the CPU");
   if (left.size() != right.size()) fail("right holds ", right.size(), " tensors, left ", left.size());
 
-  struct Piece {
-    const void *left, *right;
-    int64_t begin, end;
-    Dtype dtype;
-    double sum;
-  };
-  constexpr int64_t piece = 16384;
-  std::vector<Piece> pieces;
-  int64_t total = 0;
+  std::vector<Pair> pieces;
   for (size_t i = 0; i < left.size(); ++i) {
     const Facts a(left[i].get()), b(right[i].get());
     if (a.device_type != cpu || b.device_type != cpu || a.dtype == Dtype::other || a.dtype != b.dtype || !a.strided() ||
         !b.strided() || !a.same_shape(b) || !a.same_strides(b) || !a.dense())
       fail("left[", i, "] and right[", i, "] must be dense floating-point CPU tensors of one shape, dtype and strides");
     if (!a.has_memory() || !b.has_memory()) fail("left[", i, "] or right[", i, "] has no memory");
-    for (int64_t begin = 0; begin < a.numel; begin += piece)
-      pieces.push_back({a.data, b.data, begin, std::min(begin + piece, a.numel), a.dtype, 0});
-    total += a.numel;
+    cut(a, b, pieces);
   }
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  const int64_t grain = total == 0 ? 1 : std::max<int64_t>(1, 2 * piece * count / total);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      Piece& part = pieces[i];
-      with_dtype(part.dtype, [&](auto p) {
-        using P = decltype(p);
-        part.sum = inner_product(static_cast<const P*>(part.left) + part.begin,
-                                 static_cast<const P*>(part.right) + part.begin, part.end - part.begin);
-      });
-    }
+  sum_pieces<1>(pieces, static_cast<double*>(result.data), [](Pair& piece, auto value) {
+    using P = decltype(value);
+    piece.sums[0] =
+        inner_product(reinterpret_cast<const P*>(piece.left), reinterpret_cast<const P*>(piece.right), piece.count);
   });
-  double sum = 0;
-  for (const Piece& part : pieces) sum += part.sum;
-  *static_cast<double*>(result.data) = sum;
 }
 
 }  // namespace optimzoo

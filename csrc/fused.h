@@ -122,10 +122,10 @@ struct Facts {
 
   bool same_shape(const Facts& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
 
-  // Of tensors that share a shape. The stride of a dimension of size one means nothing.
+  // Of tensors that share a shape. The stride of a dimension of size one means nothing, nor do those of no elements.
   bool same_strides(const Facts& other) const {
     for (int64_t i = 0; i < dim; ++i)
-      if (sizes[i] > 1 && strides[i] != other.strides[i]) return false;
+      if (numel > 0 && sizes[i] > 1 && strides[i] != other.strides[i]) return false;
     return true;
   }
 

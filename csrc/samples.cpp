@@ -1,10 +1,7 @@
-// What the tests of the gradient's noise read: gradients of single samples, as matrices with a row for each, and those
-// after one micro-batch and the next. Sums are float64; everything is read once, where torch reads it twice or copies
-// it. Pieces and their order do not depend on the threads.
-#include <torch/csrc/stable/ops.h>
-
-#include "cpu.h"
-#include "fused.h"
+// Passes over the gradients of single samples, as matrices with a row for each: what the tests of the gradient's noise
+// read, and what clipping each sample needs. Sums are float64; everything is read once, where torch reads it twice or
+// copies it. Pieces and their order do not depend on the threads.
+#include "pieces.h"
 
 namespace optimzoo {
 
@@ -120,25 +117,19 @@ void sample_sums(StableIValue* stack, uint64_t, uint64_t) {
         a.numel != a.sizes[0] * s.numel)
       fail("samples[", i, "] must be contiguous on the CPU, with a row for each sample as long as its float64 sums");
     for (int64_t begin = 0; begin < s.numel; begin += tile) {
-      const int64_t width = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
-      pieces.push_back({static_cast<const char*>(a.data) + begin * width,
-                        means.empty() ? nullptr : static_cast<const double*>(m.data) + begin,
+      pieces.push_back({at(a, begin), means.empty() ? nullptr : static_cast<const double*>(m.data) + begin,
                         static_cast<double*>(s.data) + begin, a.sizes[0], s.numel, std::min(tile, s.numel - begin),
                         a.dtype, 0});
     }
     total += a.numel;
   }
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  const int64_t grain = total == 0 ? 1 : std::max<int64_t>(1, 32768 * count / total);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      Piece& p = pieces[i];
-      with_dtype(p.dtype, [&](auto value) {
-        const auto* data = reinterpret_cast<const decltype(value)*>(p.data);
-        p.squares = p.means ? add_rows<true>(data, p.rows, p.stride, p.columns, p.means, p.sums)
-                            : add_rows<false>(data, p.rows, p.stride, p.columns, p.means, p.sums);
-      });
-    }
+  in_parallel(static_cast<int64_t>(pieces.size()), total, [&](int64_t i) {
+    Piece& p = pieces[i];
+    with_dtype(p.dtype, [&](auto value) {
+      const auto* data = reinterpret_cast<const decltype(value)*>(p.data);
+      p.squares = p.means ? add_rows<true>(data, p.rows, p.stride, p.columns, p.means, p.sums)
+                          : add_rows<false>(data, p.rows, p.stride, p.columns, p.means, p.sums);
+    });
   });
   double squares = 0;
   for (const Piece& piece : pieces) squares += piece.squares;
@@ -185,42 +176,145 @@ void compare_gradients(StableIValue* stack, uint64_t, uint64_t) {
   const Facts result(out.get());
   if (!readable(result, true) || result.numel != 2) fail("out must be two float64 numbers on the CPU");
   if (after.size() != before.size()) fail("before holds ", before.size(), " tensors, after ", after.size());
-  struct Piece {
-    char *after, *before;
-    int64_t count;
-    Dtype dtype;
-    double sums[2];
-  };
-  constexpr int64_t piece = 16384;
-  std::vector<Piece> pieces;
-  int64_t total = 0;
+  std::vector<Pair> pieces;
   for (size_t i = 0; i < after.size(); ++i) {
     const Facts a(after[i].get()), b(before[i].get());
     if (!readable(a, false) || !readable(b, false) || a.dtype != b.dtype || a.numel != b.numel)
       fail("after[", i, "] and before[", i, "] must be contiguous on the CPU, of one size and dtype");
-    const int64_t width = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
-    for (int64_t begin = 0; begin < a.numel; begin += piece)
-      pieces.push_back({static_cast<char*>(a.data) + begin * width,
-                        static_cast<char*>(b.data) + begin * width,
-                        std::min(piece, a.numel - begin),
-                        a.dtype,
-                        {0, 0}});
+    cut(a, b, pieces);
+  }
+  sum_pieces<2>(pieces, static_cast<double*>(result.data), [&](Pair& piece, auto value) {
+    using P = decltype(value);
+    // `before` is written; the schema says so.
+    compare(reinterpret_cast<const P*>(piece.left), reinterpret_cast<P*>(const_cast<char*>(piece.right)), piece.count,
+            keep, piece.sums);
+  });
+}
+
+// products[r] = the inner product of row r of all tensors on the left with that on the right, or with itself where
+// there is nothing on the right.
+void sample_products(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const List left = take_list(stack[0]), other = take_list(stack[1]);
+  const List& right = other.empty() ? left : other;
+  const Handle out(to<AtenTensorHandle>(stack[2]));
+  const Facts result(out.get());
+  if (!readable(result, true)) fail("products must be float64 numbers on the CPU");
+  if (left.size() != right.size()) fail("right holds ", right.size(), " tensors, left ", left.size());
+  const int64_t rows = result.numel;
+  struct Columns {
+    const char *left, *right;
+    int64_t stride, count;
+    Dtype dtype;
+  };
+  std::vector<Columns> parts;
+  int64_t total = 0;
+  for (size_t i = 0; i < left.size(); ++i) {
+    const Facts a(left[i].get()), b(right[i].get());
+    if (!readable(a, false) || !readable(b, false) || a.dtype != b.dtype || a.dim < 1 || a.sizes[0] != rows ||
+        !a.same_shape(b))
+      fail("left[", i, "] and right[", i, "] must be contiguous on the CPU, of one dtype, with a row for each of the ",
+           rows, " products");
+    const int64_t columns = rows == 0 ? 0 : a.numel / rows;
+    for (int64_t begin = 0; begin < columns; begin += piece_size)
+      parts.push_back({at(a, begin), at(b, begin), columns, std::min(piece_size, columns - begin), a.dtype});
     total += a.numel;
   }
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  const int64_t grain = total == 0 ? 1 : std::max<int64_t>(1, 2 * piece * count / total);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      Piece& p = pieces[i];
-      with_dtype(p.dtype, [&](auto value) {
-        using P = decltype(value);
-        compare(reinterpret_cast<const P*>(p.after), reinterpret_cast<P*>(p.before), p.count, keep, p.sums);
-      });
-    }
+  std::vector<double> sums(parts.size() * rows);
+  in_parallel(static_cast<int64_t>(sums.size()), total, [&](int64_t i) {
+    const Columns& part = parts[i / rows];
+    const int64_t skip = i % rows * part.stride;
+    with_dtype(part.dtype, [&](auto value) {
+      using P = decltype(value);
+      sums[i] = inner_product(reinterpret_cast<const P*>(part.left) + skip,
+                              reinterpret_cast<const P*>(part.right) + skip, part.count);
+    });
   });
-  double* sums = static_cast<double*>(result.data);
-  sums[0] = sums[1] = 0;
-  for (const Piece& p : pieces) sums[0] += p.sums[0], sums[1] += p.sums[1];
+  double* products = static_cast<double*>(result.data);
+  std::fill(products, products + rows, 0.0);
+  for (size_t i = 0; i < sums.size(); ++i) products[i % rows] += sums[i];
+}
+
+// Adds to each of the K sums the rows with its weights, a few of them at once for the sums' sake.
+template <int K, typename P>
+OZ_CLONES void add_weighted(const P* data, int64_t stride, const std::vector<int64_t>& rows, const double* weights,
+                            int64_t all_rows, int64_t n, double* sums, int64_t sums_stride) {
+  constexpr int group = 4;
+  double local[K][tile];
+  for (int k = 0; k < K; ++k) std::fill(local[k], local[k] + n, 0.0);
+  const auto add = [&](const int64_t* row, auto size) __attribute__((always_inline)) {
+    constexpr int count = decltype(size)::value;
+    const P* from[count];
+    double weight[K][count];
+    for (int r = 0; r < count; ++r) {
+      from[r] = data + row[r] * stride;
+      for (int k = 0; k < K; ++k) weight[k][r] = weights[k * all_rows + row[r]];
+    }
+    OZ_IVDEP
+    for (int64_t c = 0; c < n; ++c) {
+      double value[count];
+      OZ_UNROLL
+      for (int r = 0; r < count; ++r) value[r] = static_cast<double>(static_cast<Wide<P>>(from[r][c]));
+      OZ_UNROLL
+      for (int k = 0; k < K; ++k) {
+        double sum = local[k][c];
+        OZ_UNROLL
+        for (int r = 0; r < count; ++r) sum += weight[k][r] * value[r];
+        local[k][c] = sum;
+      }
+    }
+  };
+  const int64_t count = static_cast<int64_t>(rows.size());
+  int64_t i = 0;
+  for (; i + group <= count; i += group) add(&rows[i], std::integral_constant<int, group>());
+  for (; i < count; ++i) add(&rows[i], std::integral_constant<int, 1>());
+  for (int k = 0; k < K; ++k)
+    for (int64_t c = 0; c < n; ++c) sums[k * sums_stride + c] += local[k][c];
+}
+
+// sums[i][k] += the rows of samples[i], each times its weight in row k of `weights`. A row without a weight is not
+// read.
+void weighted_sums(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  const List samples = take_list(stack[0]);
+  const Handle weights_handle(to<AtenTensorHandle>(stack[1]));
+  const List sums = take_list(stack[2]);
+  const Facts weights(weights_handle.get());
+  if (!readable(weights, true) || weights.dim != 2 || weights.sizes[0] < 1 || weights.sizes[0] > 2)
+    fail("weights must be a contiguous float64 matrix on the CPU, with one or two rows");
+  if (samples.size() != sums.size()) fail("sums holds ", sums.size(), " tensors, samples ", samples.size());
+  const int64_t kinds = weights.sizes[0], all_rows = weights.sizes[1];
+  const double* weight = static_cast<const double*>(weights.data);
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < all_rows; ++r)
+    if (weight[r] != 0 || (kinds == 2 && weight[all_rows + r] != 0)) rows.push_back(r);
+  struct Columns {
+    const char* data;
+    double* sums;
+    int64_t stride, count;
+    Dtype dtype;
+  };
+  std::vector<Columns> parts;
+  int64_t total = 0;
+  for (size_t i = 0; i < samples.size(); ++i) {
+    const Facts a(samples[i].get()), s(sums[i].get());
+    const int64_t columns = s.numel / kinds;
+    if (!readable(a, false) || !readable(s, true) || a.dim < 1 || s.dim < 1 || s.sizes[0] != kinds ||
+        a.sizes[0] != all_rows || a.numel != all_rows * columns)
+      fail("samples[", i, "] must be contiguous on the CPU, with a row for each weight as long as its float64 sums");
+    for (int64_t begin = 0; begin < columns; begin += tile)
+      parts.push_back(
+          {at(a, begin), static_cast<double*>(s.data) + begin, columns, std::min(tile, columns - begin), a.dtype});
+    total += a.numel;
+  }
+  in_parallel(static_cast<int64_t>(parts.size()), total, [&](int64_t i) {
+    const Columns& part = parts[i];
+    with_dtype(part.dtype, [&](auto value) {
+      const auto* data = reinterpret_cast<const decltype(value)*>(part.data);
+      const auto run = kinds == 1 ? add_weighted<1, decltype(value)> : add_weighted<2, decltype(value)>;
+      run(data, part.stride, rows, weight, all_rows, part.count, part.sums, part.stride);
+    });
+  });
 }
 
 }  // namespace optimzoo
@@ -229,4 +323,6 @@ STABLE_TORCH_LIBRARY_IMPL(OZ_NAMESPACE, CPU, m) {
   m.impl("compare_gradients", &optimzoo::compare_gradients);
   m.impl("sample_sums", &optimzoo::sample_sums);
   m.impl("sample_dots", &optimzoo::sample_dots);
+  m.impl("sample_products", &optimzoo::sample_products);
+  m.impl("weighted_sums", &optimzoo::weighted_sums);
 }

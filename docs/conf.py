@@ -6,8 +6,12 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import support  # the table in tests/
 
 import optimzoo
 
@@ -71,7 +75,58 @@ def visit_block(writer, node):
     raise nodes.SkipNode
 
 
+def anchor(test: str) -> str:
+    """What the proof of a cell is called, as the target of a link."""
+    return "proof-" + re.sub(r"\W+", "-", test)
+
+
+class SupportMatrix(SphinxDirective):
+    """Class x feature: each cell leads to the test that shows it, or to the reason why not."""
+
+    def run(self):
+        reasons: dict[tuple[str, str], int] = {}
+        lines = []
+        for section, rows in support.SECTIONS.items():
+            lines += ["", f".. rubric:: {section}", ""]
+            lines += [".. list-table::", "   :header-rows: 1", "   :class: matrix", ""]
+            head = ["", *(f"``{name}``" for name in support.COLUMNS)]
+            for row in [head, *([feature, *map(self.cell(reasons), line.values())] for feature, line in rows.items())]:
+                lines += [f"   {'* - ' if i == 0 else '  - '}{text}" for i, text in enumerate(row)]
+        lines += ["", ".. rubric:: Limits and reasons", ""]
+        for (why, test), number in reasons.items():
+            shown = f" (:ref:`test <{anchor(test)}>`)" if test else ""
+            lines += [f".. _why-{number}:", "", f"{number}. {why}{shown}", ""]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+    @staticmethod
+    def cell(reasons):
+        """A function that writes a cell, and notes its reason."""
+
+        def write(cell):
+            if cell.works == "yes":
+                return f":ref:`yes <{anchor(cell.test)}>`"
+            number = reasons.setdefault((cell.why, cell.test), len(reasons) + 1)
+            return f":ref:`{cell.works} <why-{number}>`"
+
+        return write
+
+
+class Proofs(SphinxDirective):
+    """The tests that the matrix leads to, in full."""
+
+    def run(self):
+        lines = []
+        for test in support.named_tests():
+            file, _, name = test.partition("::")
+            title = name.removeprefix("test_").replace("_", " ").capitalize()
+            lines += ["", f".. _{anchor(test)}:", "", f".. rubric:: {title}", "", f"``tests/{file}``", ""]
+            lines += [f".. literalinclude:: ../tests/{file}", f"   :pyobject: {name}", ""]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app):
-    """Register the renderer above."""
+    """Register what is above."""
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
+    app.add_directive("support-matrix", SupportMatrix)
+    app.add_directive("proofs", Proofs)
     return {"parallel_read_safe": True}

@@ -394,9 +394,10 @@ def lanczos(
         diagonal.append(float(q.dot(w)))
         w = w - diagonal[-1] * q
         seen = basis[: j + 1]
-        # Once loses what rounding adds along the earlier vectors; twice is enough.
-        for _ in range(2):
-            w.addmv_(seen.T, seen @ w, alpha=-1)
+        # Once loses what rounding adds along the earlier vectors; twice is enough. Autocast is for the closure.
+        with torch.autocast(w.device.type, enabled=False):
+            for _ in range(2):
+                w.addmv_(seen.T, seen @ w, alpha=-1)
         off.append(float(w.norm()))
         if not math.isfinite(diagonal[-1] + off[-1]):
             nothing = torch.full((1,), math.nan, dtype=torch.float64)

@@ -78,7 +78,10 @@ def _fake(*args: Any, **kwargs: Any) -> None:
 # Those that belong to no rule; found here, not where they are called, for torch.compile cannot follow that.
 _OPS: dict[str, Callable[..., None]] = {}
 if not _MISSING["cpu"]:
-    for _name in ("dot", "compare_gradients", "sample_sums", "sample_dots", "normal_", "cbo_"):
+    for _name in (
+        *("dot", "compare_gradients", "sample_sums", "sample_dots", "sample_products", "weighted_sums"),
+        *("normal_", "cbo_"),
+    ):
         _OPS[_name] = _known(getattr(torch.ops.optimzoo, _name).default)
 
 

@@ -43,6 +43,13 @@ _NO_MASTER = torch.empty(0, device="cpu")  # of a parameter that is not rounded,
 # Settings that say how a step is made and not what it is: a checkpoint does not change them.
 _HOW = ("foreach", "fused", "capturable", "differentiable", "max_grad_norm", "state_dtype", "rounding")
 
+# What other libraries call a setting in their checkpoints.
+_ELSEWHERE = {
+    "weight_decouple": "decoupled_weight_decay",
+    "decoupled_decay": "decoupled_weight_decay",
+    "ams_bound": "amsgrad",
+}
+
 # What hyper-parameters of these names may be, for every method: lower bound, upper bound, and how to say it.
 _RANGES = {
     "lr": (0.0, math.inf, "finite and >= 0"),
@@ -507,7 +514,8 @@ class Tensorwise(Optimizer):
         """Load state and groups, as ``torch.optim`` does, except that state keeps the dtype it was saved with.
 
         A checkpoint of another implementation of the same method loads if its state has the same names; settings that
-        it does not hold stay as they are in this optimizer.
+        it does not hold stay as they are in this optimizer. Other libraries' names of ``decoupled_weight_decay`` and
+        ``amsgrad`` are understood, and so is a count of steps that is kept once for a group.
 
         Args:
             state_dict: what ``state_dict`` returned, on any device and from any back-end.
@@ -519,27 +527,37 @@ class Tensorwise(Optimizer):
 
     def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of a state dict with all settings of this optimizer; raises where the two do not fit."""
-        saved, own = state_dict["param_groups"], self.param_groups
-        groups = []
-        for saved_group, group in zip(saved, own, strict=True):
+        groups, states = [], dict(state_dict["state"])
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            named = {_ELSEWHERE[name]: value for name, value in saved_group.items() if name in _ELSEWHERE}
+            saved_group = {**named, **{name: value for name, value in saved_group.items() if name not in _ELSEWHERE}}
+            if saved_group.get("amsgrad") and "amsgrad" not in group:
+                raise ValueError(f"the checkpoint is of a run with amsgrad=True, and {type(self).__name__} has none")
+            if "step" in saved_group:
+                step = dict(step=saved_group.pop("step"))
+                rows = {index: states.get(index) for index in saved_group["params"]}
+                states |= {index: {**step, **row} for index, row in rows.items() if isinstance(row, dict) and row}
             settings = {name: group[name] for name in self.defaults}
             how = {name: settings[name] for name in (*_HOW, *self.how) if name in settings}
             groups.append({**settings, **saved_group, **how})
             merged = {**groups[-1], "params": group["params"]}
             self.check_group(merged)
             for index, param in zip(saved_group["params"], group["params"], strict=True):
-                state = state_dict["state"].get(index, {})
+                state = states.get(index, {})
                 if state != {}:
                     self._check_state(f"parameter {index}", state, merged, param)
-        return {**state_dict, "param_groups": groups}
+        return {**state_dict, "state": states, "param_groups": groups}
 
     def _check_state(self, owner: str, state: dict[str, Any], group: Group, param: Tensor) -> None:
         kept = self._kept(group, param)
         names = [name for name in kept if name != "master"]
         if not isinstance(state, dict) or not {"step", *names} <= state.keys():
             has = ", ".join(map(str, state)) if isinstance(state, dict) else repr(state)
-            needs = ", ".join(["step", *names])
-            raise ValueError(f"the state of {owner} has {has}; {type(self).__name__} needs {needs}")
+            needs, cls = ", ".join(["step", *names]), type(self).__name__
+            raise ValueError(
+                f"the state of {owner} has {has}; {cls} needs {needs}. The checkpoint of another method cannot be "
+                "continued: load the model's and begin with fresh state"
+            )
         for name in (name for name in kept if name in state):
             like, value = self._first(group, name, param), state[name]
             kind = "complex" if like.is_complex() else "floating-point" if like.is_floating_point() else "integer"
@@ -989,14 +1007,14 @@ def _is_saved_group(group: Any) -> bool:
 def _same_strides(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape lie alike in memory; the stride of a dimension of size one means nothing."""
     rows = zip(one.stride(), other.stride(), other.shape, strict=False)
-    return one.dim() == other.dim() and all(a == b or size == 1 for a, b, size in rows)
+    return one.dim() == other.dim() and all(a == b or size == 1 or other.numel() == 0 for a, b, size in rows)
 
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a block of memory, in whatever order of dimensions."""
     expected = 1
     strides, shape = tensor.stride(), tensor.shape
-    dims = [dim for dim in range(tensor.dim()) if shape[dim] > 1]
+    dims = [dim for dim in range(tensor.dim()) if shape[dim] > 1 and tensor.numel()]
     while dims:  # not sorted by stride: torch.compile cannot
         innermost = [dim for dim in dims if strides[dim] == expected]
         if len(innermost) != 1:

@@ -247,6 +247,7 @@ class TPSGD(Optimizer):
 
     def _attach(self) -> None:
         self._run: _Run | None = None
+        self._this = weakref.ref(self)
         hooks = [h for m in self._names for h in m._forward_pre_hooks.values() if isinstance(h, _Hook)]
         for owner in {hook.owner for hook in hooks} - {None, self}:
             owner.close()  # or both would train the model
@@ -272,7 +273,7 @@ class TPSGD(Optimizer):
         """Remove the hooks: the model is then trained by whatever its user chooses."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
@@ -314,7 +315,9 @@ class TPSGD(Optimizer):
         for name, param in self.model.named_parameters():
             if param.requires_grad and param not in known:
                 raise RuntimeError(f"{name!r} is new or was frozen when the optimizer was made: make another")
-        self._run = begun = _Run(targets, loss or self._true_loss)
+        # Lightning wraps an optimizer in an object that hands on what is read and keeps what is written.
+        this = cast(TPSGD, self._this())
+        this._run = begun = _Run(targets, loss or self._true_loss)
         if self.update_in_forward:
             self.zero_grad()  # a layer's step is one of all groups, of which one has gradients
         stacks = [module for module in self._names if isinstance(module, nn.RNNBase)]
@@ -326,7 +329,7 @@ class TPSGD(Optimizer):
             if self._run is begun:
                 raise RuntimeError("the model was not called within targets; calls of its parts train nothing")
         finally:
-            self._run = None
+            this._run = None
             for stack in stacks:
                 del vars(stack)["forward"]
 

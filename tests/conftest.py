@@ -22,6 +22,15 @@ settings.register_profile("quick", parent=settings.get_profile("suite"), max_exa
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="let the audit of privacy take minutes")
+
+
+@pytest.fixture
+def thorough(request) -> bool:
+    return bool(request.config.getoption("--thorough"))
+
+
 @pytest.fixture(scope="session")
 def emulated_ops(tmp_path_factory):
     """The ops of the CUDA sources, compiled for the host by an emulation of the launch."""

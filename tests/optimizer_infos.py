@@ -69,6 +69,12 @@ def by_labels(optimizer: Any, model: nn.Module, inputs: Tensor, targets: Tensor)
     return optimizer.loss
 
 
+def by_samples(optimizer: Optimizer, model: nn.Module, inputs: Tensor, targets: Tensor) -> Any:
+    """That of a private optimizer, from the gradients of single samples."""
+    with optimzoo.PerSampleGradients(model):
+        return by_gradient(optimizer, model, inputs, targets)
+
+
 def of_parameters(cls: type[Optimizer], model: nn.Module, named: bool = False, **options: Any) -> Optimizer:
     """The optimizer of a model's parameters."""
     return cls(list(model.named_parameters() if named else model.parameters()), **options)
@@ -125,7 +131,10 @@ class Info(OptimizerInfo):
 
     def _error_inputs(self, device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         shared = get_error_inputs_for_all_optims(device, dtype)
+        required = {} if self.train is not by_samples else self.settings["default"]
         for error in shared:
+            given = error.optimizer_error_input
+            given.kwargs = {**required, **given.kwargs}
             if "Tensor lr" in error.error_regex:  # ours has other words for the same
                 error.error_regex = r"lr must be .*shape \(2,\)|lr must be a number .*tensor\("
                 error.error_type = (ValueError, TypeError)
@@ -194,6 +203,15 @@ _DALE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(dale="rows"), ValueError, "dale must be True, False or 'columns', got 'rows'"),
     (dict(min_abs=2.0, max_abs=1.0), ValueError, "min_abs must be <= max_abs"),
     (dict(zeros="ignore"), ValueError, "zeros must be one of"),
+]
+
+_PRIVATE = dict(
+    lr=0.1, max_grad_norm=5.0, noise_std_sum=0.0, expected_batch_size=8, sample_rate=1.0, base=optimzoo.AdaBelief
+)
+_PRIVATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({**_PRIVATE, "lr": -0.1}, ValueError, "lr must be finite and > 0, got -0.1"),
+    ({**_PRIVATE, "max_grad_norm": 0.0}, ValueError, "max_grad_norm must be finite and > 0, got 0.0"),
+    ({**_PRIVATE, "sample_rate": 2.0}, ValueError, r"sample_rate must be in \(0, 1\], got 2.0"),
 ]
 
 infos: list[Info] = [
@@ -313,6 +331,30 @@ infos: list[Info] = [
             (dict(target_dim=2, projection="zero"), ValueError, "projection must be a function or one of"),
         ],
         refuses={"sparse": "its layers make the gradients", "complex": "its targets are real"},
+        supports_complex=False,
+    ),
+    Info(
+        optimzoo.DPSGD,
+        {
+            "default": {**_PRIVATE, "lr": 0.01},
+            "automatic": {**_PRIVATE, "lr": 0.01, "clipping": "automatic"},
+            "SGD behind": {**_PRIVATE, "base": torch.optim.SGD, "momentum": 0.9},
+        },
+        train=by_samples,
+        errors=_PRIVATE_ERRORS,
+        refuses={"sparse": "its sums are dense", "complex": "its noise is that of real numbers"},
+        supports_complex=False,
+    ),
+    Info(
+        optimzoo.DiceSGD,
+        {
+            "default": {**_PRIVATE, "lr": 0.01, "error_norm_sum": 1.0},
+            "capped": {**_PRIVATE, "lr": 0.01, "error_norm_sum": 0.5, "windup_cap": True},
+            "SGD behind": {**_PRIVATE, "error_norm_sum": 1.0, "base": torch.optim.SGD, "momentum": 0.9},
+        },
+        train=by_samples,
+        errors=[({**_PRIVATE, "error_norm_sum": -1.0}, ValueError, "error_norm_sum must be finite and >= 0, got -1.0")],
+        refuses={"sparse": "its sums are dense", "complex": "its noise is that of real numbers"},
         supports_complex=False,
     ),
 ]

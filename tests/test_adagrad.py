@@ -143,6 +143,28 @@ def test_a_parameter_that_joins_late_starts_from_the_common_accumulator():
     assert value(optimizer) == pytest.approx(known + 15, rel=1e-15)
 
 
+@pytest.mark.parametrize("backend", [BACKENDS[name] for name in ("single", "foreach", "fused")], ids=str)
+def test_a_complex_parameter_is_its_real_and_imaginary_parts(backend):
+    param = torch.view_as_complex(normal(1, 6, 2)).requires_grad_()
+    real = torch.view_as_real(param.detach()).clone().requires_grad_()
+    one, two = AdaGradNorm([param], weight_decay=0.1, **backend), AdaGradNorm([real], weight_decay=0.1, **backend)
+    for t in range(5):
+        grad = normal(10 + t, 6, 2)
+        advance(one, [[torch.view_as_complex(grad)]])
+        advance(two, [[grad]])
+    torch.testing.assert_close(torch.view_as_real(param.detach()), real.detach(), rtol=1e-13, atol=1e-13)
+    assert value(one) == pytest.approx(value(two), rel=1e-13)
+
+
+def test_hooks_run_around_the_step():
+    params = [torch.ones(3, requires_grad=True)]
+    optimizer, seen = AdaGradNorm(params), []
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(len(opt.state)))
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(float(value(opt)) - 0.01))
+    advance(optimizer, [[torch.ones(3)]])
+    assert seen == [0, 3.0]
+
+
 def test_a_scaler_divides_and_skips():
     params, grads = parameters(torch.float32, COLLECTED), gradients(parameters(torch.float32, COLLECTED), 3)
     plain = advance(AdaGradNorm(copies(params)), grads)

@@ -140,6 +140,35 @@ def test_settings_of_a_users_own_come_with_the_checkpoint(case):
     assert other.param_groups[0]["lr"] == 5e-4
 
 
+@pytest.mark.parametrize("name", ["weight_decouple", "decoupled_decay"])
+@each_case
+def test_words_and_step_counts_of_other_libraries_are_understood(case, name):
+    # tests/integrations has the libraries themselves.
+    params = parameters()
+    grads = gradients(params, 4)
+    grads[0][1] = grads[1][1] = None  # has no state, and gets none
+    optimizer = advance(case.cls(params, weight_decay=0.1, decoupled_weight_decay=True), grads[:2])
+    theirs = saved(optimizer)
+    theirs["param_groups"][0][name] = theirs["param_groups"][0].pop("decoupled_weight_decay")
+    theirs["param_groups"][0]["step"] = 2
+    for row in theirs["state"].values():
+        del row["step"]
+    before = bits(theirs)
+    other = case.cls(copies(params), decoupled_weight_decay=False)
+    other.load_state_dict(theirs)
+    assert bits(theirs) == before
+    assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    assert same(advance(other, grads[2:]), advance(optimizer, grads[2:]))
+
+
+@each_case
+def test_a_run_with_a_running_maximum_is_not_continued_without(case):
+    state_dict = saved(case.cls(parameters()))
+    state_dict["param_groups"][0] |= dict(amsgrad=True)  # which AdaBelief has, but not with its default rectify
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        case.cls(parameters()).load_state_dict(state_dict)
+
+
 @each_case
 def test_parameters_that_never_had_a_gradient_have_no_state_to_load(case):
     params = parameters()

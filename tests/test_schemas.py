@@ -52,6 +52,8 @@ RIGHT |= {
     "compare_gradients": lambda: [[draw(3, 4), draw(17)], [draw(3, 4), draw(17)], True, draw(2)],
     "sample_sums": lambda: [[draw(3, 4), draw(3, 17)], [draw(4), draw(17)], [draw(4), draw(17)], draw()],
     "sample_dots": lambda: [[draw(3, 4), draw(3, 17)], [draw(4), draw(17)], draw(3)],
+    "sample_products": lambda: [[draw(3, 4), draw(3, 17)], [draw(3, 4), draw(3, 17)], draw(3)],
+    "weighted_sums": lambda: [[draw(3, 4), draw(3, 17)], draw(2, 3), [draw(2, 4), draw(2, 17)]],
     "normal_": lambda: [draw(2, 3, 5), 1, 2, 3],
     "cbo_": swarm,
     "hold": lambda: [[draw(3), draw(2)]],

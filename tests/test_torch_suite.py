@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -19,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import torch_methods
-from optimizer_infos import Info, batch, infos, loss, model, of_closures, of_gradients, of_parameters
+from optimizer_infos import Info, batch, by_samples, infos, loss, model, of_closures, of_gradients, of_parameters
 from steps import bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,6 +61,11 @@ def with_requires_grad(options: dict) -> bool:
 
 
 class TestTorchSuite(TestCase):
+    def setUp(self):
+        super().setUp()
+        # DiceSGD says so whenever it is copied or loaded; test_dicesgd.py has tests of that.
+        warnings.filterwarnings("ignore", message="the error state is secret")
+
     # The records
 
     @optims(infos)
@@ -72,7 +78,7 @@ class TestTorchSuite(TestCase):
         for flag in ("foreach", "fused", "differentiable", "capturable", "maximize"):
             self.assertEqual(
                 flag in names or bool({"impl", "options"} & names.keys()),
-                optim_info.takes_gradients or optim_info.optim_cls is optimzoo.TPSGD,
+                optim_info.takes_gradients or optim_info.optim_cls in (optimzoo.TPSGD, optimzoo.DiceSGD),
                 flag,
             )
 
@@ -436,8 +442,8 @@ class TestTorchSuite(TestCase):
 
     @optims(of_closures)
     def test_gradients_of_others_are_left_alone(self, device, dtype, optim_info):
-        if optim_info.make.func is not of_parameters:
-            return  # TPSGD fills the gradients
+        if optim_info.make.func is not of_parameters or optim_info.train is by_samples:
+            return  # TPSGD fills the gradients, and private classes with what is private
         for options in inputs(optim_info):
             network = model()
             for param in network.parameters():
@@ -494,7 +500,8 @@ class TestTorchSuite(TestCase):
             twin = copy.deepcopy(network) if optim_info.make.func is of_parameters else model()
             twin.load_state_dict(network.state_dict())
             other = optim_info.make(twin, named[1], **options)
-            state_dict = copy.deepcopy(optimizer.state_dict())
+            by_name = {"export_private_state": True} if optim_info.optim_cls is optimzoo.DiceSGD else {}
+            state_dict = copy.deepcopy(optimizer.state_dict(**by_name))
             before = copy.deepcopy(state_dict)
             other.load_state_dict(state_dict)
             self.assertEqual(state_dict, before)  # loading does not write to it

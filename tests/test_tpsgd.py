@@ -536,6 +536,32 @@ def test_evaluation_is_untouched_and_close_takes_the_hooks_away():
         pass
 
 
+class Wrapper:
+    """Hands on what is read and keeps what is written, as Lightning's wrapper of an optimizer does."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.__class__ = type("Wrapper", (Wrapper, TPSGD), {})
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+def test_what_wraps_the_optimizer_may_open_its_targets():
+    model = mlp(6)
+    optimizer = make(model)
+    wrapped = Wrapper(optimizer)
+    x, y = batch(model, 0)
+    before = [param.detach().clone() for param in model.parameters()]
+    with wrapped.targets(y):
+        model(x)
+    wrapped.optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    wrapped.close()
+    with pytest.raises(RuntimeError, match="closed"), optimizer.targets(y):
+        model(x)
+
+
 def test_the_last_optimizer_of_a_model_trains_it():
     model = mlp(6)
     first = make(model)

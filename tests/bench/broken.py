@@ -1,6 +1,8 @@
 """Optimizers that misbehave, each in its own way."""
 
 import os
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,29 @@ class Explodes(SGD):
         for group in self.param_groups:
             for param in group["params"]:
                 param.mul_(1 + 10 * group["lr"])
+
+
+class Hungry(SGD):
+    """Asks for more memory than any machine has."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        torch.empty(2**60)
+
+
+class Sleeps(SGD):
+    """Takes its time."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        time.sleep(30)
+
+
+class Warns(SGD):
+    """Has something to say at every step."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        warnings.warn("mind the step", stacklevel=1)
+        print("and more")
+        super().step()
 
 
 class Forgets(SGD):

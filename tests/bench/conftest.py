@@ -7,7 +7,20 @@ import torch
 from bench.__main__ import main
 from bench.store import Store
 
-OPTIONS = ["--trials", "3", "--seeds", "5", "--workers", "1", "--progress", "none"]
+OPTIONS = [
+    "--ruleset",
+    "lr-only",
+    "--trials",
+    "3",
+    "--tune-seeds",
+    "1",
+    "--seeds",
+    "5",
+    "--workers",
+    "1",
+    "--progress",
+    "none",
+]
 SWEEP = ["--tasks", "digits-mlp", "--methods", "sgd,adamw,broken:Raises", "--budget", "0.05x"]
 
 

@@ -1,21 +1,15 @@
-"""The command line: exit codes, messages, a sweep with failures, a sweep that is killed."""
+"""The command line: exit codes, messages, a sweep with failures."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from conftest import OPTIONS
 
 from bench import __main__ as cli
 from bench.__main__ import main
 from bench.store import Store
 from bench.tasks import TASKS
-
-KILLED = ["--tasks", "digits-cnn", "--methods", "adamw", "--ruleset", "one-shot", "--seeds", "2", "--budget", "0.5x"]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +23,18 @@ KILLED = ["--tasks", "digits-cnn", "--methods", "adamw", "--ruleset", "one-shot"
         ("run --budget 0x", "not a multiple"),
         ("run --max-time 20", "'20' is not a time such as 90s"),
         ("run --seeds 0", "not a positive whole number"),
-        ("run --ruleset tuned", "invalid choice: 'tuned'"),
+        ("run --ruleset tuend", "invalid choice: 'tuend'"),
+        ("run --suite embeded", "invalid choice: 'embeded'"),
+        ("run --suite quick --tasks fm14", "--suite and --tasks exclude each other"),
+        ("run --preset cifar10/airbench49", "did you mean cifar10/airbench9"),
+        ("run --preset imagenet/torchvision-v1 --methods sgd", "--preset has its method"),
+        ("run --schedule cosinus", "'cosinus' is not a schedule"),
+        ("run --budget 0.0001x --tasks fm14", "leaves fm14 less than one batch of 128"),
+        ("run --trials 1 --methods adamw", "--trials 1 is less than the 2 choices adamw has at each rate"),
+        ("run --shard 4/4", "'4/4' is not a part such as 0/4"),
+        ("run --device tpu", "--device tpu"),
+        ("run --config nowhere.toml", "nowhere.toml"),
+        ("run --download --tasks cifar10-resnet18", "--download needs --data-root"),
         ("list everything", "invalid choice: 'everything'"),
         ("", "required"),
     ],
@@ -49,7 +54,7 @@ def test_a_wrong_request_is_answered_and_ends_in_2(
 def test_missing_data_end_in_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def gone(self: object) -> None:
+    def gone(self: object, root: Path | None) -> None:
         raise FileNotFoundError("no file bench/data/fm14.npz")
 
     monkeypatch.setattr(type(TASKS["fm14"]), "data", gone)
@@ -72,7 +77,8 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--dry-run", "--methods", "sgd", "--tasks", "fm14", "--out", str(tmp_path / "x")]) == cli.DONE
+    rules = ["--ruleset", "lr-only", "--trials", "5", "--tune-seeds", "1", "--methods", "sgd", "--tasks", "fm14"]
+    assert main(["run", "--dry-run", *rules, "--out", str(tmp_path / "x")]) == cli.DONE
     assert "15 runs at most" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
 
@@ -100,10 +106,9 @@ def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path: Path) -> None:
 def test_finished_runs_are_skipped(swept: tuple[Path, int]) -> None:
     out, _ = swept
     before = (out / "runs.jsonl").read_bytes()
-    options = ["--trials", "3", "--seeds", "5", "--out", str(out), "--progress", "none", "--workers", "1"]
     methods = ["--methods", "sgd,adamw", "--tasks", "digits-mlp", "--budget", "0.05x", "--max-time", "0s"]
     # No time is left, so that the runs that raised are not tried again; the rest is there already.
-    assert main(["run", *methods, *options]) == cli.INTERRUPTED
+    assert main(["run", *methods, *OPTIONS, "--out", str(out)]) == cli.INTERRUPTED
     assert (out / "runs.jsonl").read_bytes() == before
 
 
@@ -111,7 +116,7 @@ def test_a_folder_refuses_a_sweep_under_other_rules(
     swept: tuple[Path, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = swept
-    assert main(["run", "--trials", "3", "--budget", "2x", "--out", str(out)]) == cli.USAGE
+    assert main(["run", *OPTIONS, "--budget", "2x", "--out", str(out)]) == cli.USAGE
     assert "holds a sweep with budget 0.05" in capsys.readouterr().err
 
 
@@ -130,29 +135,108 @@ def test_ctrl_c_ends_in_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["list"]) == cli.INTERRUPTED
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-W", "error", "-m", "bench", "run", *KILLED, "--out", str(out), "--workers", "1"]
-    command += ["--checkpoint-every", "0s", "--progress", "none"]
-    return subprocess.Popen(command, cwd=Path(cli.__file__).parents[1], start_new_session=True)
+def test_a_configuration_file_is_checked_like_arguments_and_these_win(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        """tasks = ["digits-mlp"]
+        methods = ["sgd", "adamw"]
+        ruleset = "one-shot"
+        tune-seeds = 3
+        seeds = 4
+        budget = "0.05x"
+        dry_run = true
+        """
+    )
+    out = ["--out", str(tmp_path / "x")]
+    assert main(["run", "--config", str(file), *out]) == cli.DONE
+    assert "8 runs at most" in capsys.readouterr().out
+    assert main(["run", "--config", str(file), "--seeds", "1", "--methods", "sgd", *out]) == cli.DONE
+    assert "1 runs at most" in capsys.readouterr().out
+    file.write_text("seedz = 3")
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--config", str(file), *out])
+    assert "unrecognized arguments: --seedz=3" in capsys.readouterr().err
+    file.write_text("seeds = ")
+    assert main(["run", "--config", str(file), *out]) == cli.USAGE
 
 
-def weights(out: Path) -> dict[str, str]:
-    return {run: record["weights"] for run, record in Store(out).records().items()}
+def test_data_that_are_not_embedded_are_asked_for_with_their_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--data-root", str(tmp_path)]):
+        assert main(["run", "--preset", "cifar10/resnet18", "--out", str(tmp_path / "x"), *more]) == cli.NO_DATA
+        assert "cifar-10-batches-py/" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
-def test_a_sweep_killed_in_the_middle_of_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait() == cli.DONE
+def test_progress_in_json_is_a_line_for_every_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "run",
+        "--tasks",
+        "digits-mlp",
+        "--methods",
+        "sgd",
+        "--budget",
+        "0.05x",
+        "--ruleset",
+        "one-shot",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+    ]
+    assert main([*command, "--progress", "json", "--out", str(tmp_path)]) == cli.DONE
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["task"], row["seed"], row["status"], row["left"]) for row in rows] == [
+        ("digits-mlp", 1000, "ok", 1), ("digits-mlp", 1001, "ok", 0)]  # fmt: skip
 
-    process = start(killed)
-    while not list((killed / "ckpt").glob("*.pt")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(weights(killed)) < 2
 
-    assert start(killed).wait() == cli.DONE
-    assert weights(killed) == weights(whole)
-    resumed = [json.loads(line) for line in (killed / "runs.jsonl").read_text().splitlines()]
-    assert len(resumed) == 2
+def test_verify_finds_the_same_bits_and_what_was_changed(
+    swept: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = swept
+    assert main(["verify", str(out), "-n", "4"]) == cli.DONE
+    shown = capsys.readouterr().out
+    assert shown.count("the same bits") == 4
+    assert all(method in shown for method in ("sgd", "adamw"))  # the methods in turn
+    (tmp_path / "manifest.json").write_bytes((out / "manifest.json").read_bytes())
+    record = next(record for record in Store(out).records().values() if record["status"] == "ok")
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**record, "weights": "0" * 16}) + "\n")
+    assert main(["verify", str(tmp_path)]) == cli.FAILED
+    assert "other bits on the same machine" in capsys.readouterr().out
+    elsewhere = {**record, "weights": "0" * 16, "env": {**record["env"], "cpu": "abacus"}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(elsewhere) + "\n")
+    assert main(["verify", str(tmp_path)]) == cli.DONE
+    assert "other bits (cpu abacus before)" in capsys.readouterr().out
+
+
+def test_folders_are_compared_seed_by_seed(
+    swept: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = swept
+    (tmp_path / "manifest.json").write_bytes((out / "manifest.json").read_bytes())
+    worse = []
+    for record in Store(out).records().values():
+        if record["status"] == "ok":
+            final = record["phase"] == "final" and record["settings"]["method"] == "sgd"
+            record["metrics"]["accuracy"] -= 0.05 * final
+            worse.append(json.dumps(record) + "\n")
+    (tmp_path / "runs.jsonl").write_text("".join(worse))
+    assert main(["compare", str(out), str(tmp_path)]) == cli.DONE
+    rows = {line.split("|")[2].strip(): line for line in capsys.readouterr().out.splitlines() if "digits" in line}
+    assert "| 5 |" in rows["sgd"]
+    assert "-5 [-5, -5]" in rows["sgd"]
+    assert rows["sgd"].rstrip("| ").endswith("worse")
+    assert "+0 [+0, +0]" in rows["adamw"]
+    assert rows["adamw"].rstrip("| ").endswith("tie")
+    assert main(["compare", str(out), str(tmp_path / "nowhere")]) == cli.NO_DATA
+
+
+def test_targets_are_printed_with_and_without_a_folder(
+    swept: tuple[Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ([], [str(swept[0])]):
+        assert main(["targets", *folder]) == cli.DONE
+        assert "no published value obtained" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.methods import find
-from bench.run import EVALUATIONS, Settings, Training, cosine, failure, train
+from bench.run import EVALUATIONS, Settings, Training, failure, train
 from bench.store import Record, Store
 from bench.tasks import TASKS
 
@@ -47,7 +47,7 @@ def test_the_same_settings_give_the_same_bits_and_another_seed_gives_others(meth
 def test_methods_meet_the_same_weights_and_the_same_data() -> None:
     one, other = Training(short("sgd")), Training(short("adabelief"))
     for _ in range(STEPS):
-        assert all(torch.equal(a, b) for a, b in zip(one._batch(), other._batch(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.batch(), other.batch(), strict=True))
         if not one.clock["steps"]:
             pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
@@ -61,8 +61,7 @@ def test_an_epoch_shows_every_example_once() -> None:
     training = Training(short(split="train"))
     seen = []
     for _ in range(math.ceil(training.size / 64)):
-        seen.append(training._batch()[0])
-        training.advance()
+        seen.append(training.batch()[0])
     shown = torch.cat(seen).flatten(1)
     assert torch.equal(shown.sort(0).values, training.inputs.flatten(1).sort(0).values)
 
@@ -124,7 +123,6 @@ def test_the_learning_rate_follows_the_cosine() -> None:
     assert rates == sorted(rates, reverse=True)
     assert rates[STEPS // 2] == pytest.approx(0.25, rel=0.1)
     assert rates[-1] < 0.01
-    assert (cosine(0), cosine(1)) == (1, 0)
 
 
 def test_closures_are_counted_against_the_budget() -> None:
@@ -163,8 +161,8 @@ def test_a_loss_that_recovers_is_no_failure() -> None:
 
 
 def test_an_unmet_need_is_an_error_that_names_it() -> None:
-    with pytest.raises(NotImplementedError, match="hungry needs hvp"):
-        Training(short("broken:HUNGRY"))
+    with pytest.raises(NotImplementedError, match="hungry needs hvp, which is for one process alone"):
+        Training(dataclasses.replace(short("broken:HUNGRY"), world=2))
 
 
 @pytest.mark.parametrize(("method", "bytes_each"), [("adamw", 8), ("diffgrad", 12), ("adabelief", 8), ("sgd", 4)])
@@ -178,6 +176,7 @@ def test_every_setting_is_part_of_the_id() -> None:
     base = short()
     changed = {"task": "fm14", "task_version": 2, "method": "sgd", "package": "torch 1", "hp": {"lr": 1.0}, "seed": 9}
     changed |= {"split": "train", "budget": 2.0, "schedule": "constant", "dtype": "float64"}
+    changed |= {"epochs": 3.0, "batch": 7, "amp": "bf16", "world": 2, "parallel": "fsdp"}
     assert set(changed) == {field.name for field in dataclasses.fields(Settings)}
     ids = {dataclasses.replace(base, **{key: value}).id for key, value in changed.items()}
     assert len(ids | {base.id}) == len(changed) + 1
