@@ -531,7 +531,7 @@ class Tensorwise(Optimizer):
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             named = {_ELSEWHERE[name]: value for name, value in saved_group.items() if name in _ELSEWHERE}
             saved_group = {**named, **{name: value for name, value in saved_group.items() if name not in _ELSEWHERE}}
-            if saved_group.get("amsgrad") and "amsgrad" not in group:
+            if saved_group.get("amsgrad") is True and "amsgrad" not in group:
                 raise ValueError(f"the checkpoint is of a run with amsgrad=True, and {type(self).__name__} has none")
             if "step" in saved_group:
                 step = dict(step=saved_group.pop("step"))
@@ -997,6 +997,9 @@ def check_form(state_dict: Any) -> None:
         raise ValueError("param_groups of state_dict must be a list of dictionaries, each with a list of names")
     if not isinstance(state, dict):
         raise ValueError(f"state of state_dict must be a dictionary, got {state!r}")
+    for group in saved:  # what torch looks at while it loads
+        flags = {name: group[name] for name in ("fused", "capturable") if group.get(name) is not None}
+        check_flags(flags, "fused", "capturable")
 
 
 def _is_saved_group(group: Any) -> bool:
