@@ -154,7 +154,6 @@ class Tensorwise(Optimizer):
     drawn: ClassVar[tuple[str, ...]] = ()
     """Those of the rule's states that are made for one step and not kept; :meth:`_prepare` fills them."""
 
-    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf and does not wait for them
     _rule: ClassVar[Rule]
     update: ClassVar[Callable[..., None]]
 
@@ -189,6 +188,15 @@ class Tensorwise(Optimizer):
         """The first value of a state tensor: zeros like the parameter."""
         dtype = _STATE_DTYPE.get(param.dtype, param.dtype)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over grad_scale and found_inf, and does not wait for them.
+
+        As in ``torch.optim`` only where ``fused=True`` asks for it: who sees this, as Lightning does, takes it for
+        a gradient that nobody else may unscale.
+        """
+        return self.defaults.get("fused") is True
 
     # Groups
 
