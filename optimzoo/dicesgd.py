@@ -472,7 +472,7 @@ class DPSGD(Optimizer):
             if index not in range(len(params)) or not isinstance(error, Tensor) or error.shape != params[index].shape:
                 raise ValueError(f"private_error of parameter {index} does not fit")
         self.base.load_state_dict(state_dict)
-        return state_dict
+        return {**state_dict, **self.base.state_dict()}  # what torch reads of groups is then as the base took it
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         self._share()

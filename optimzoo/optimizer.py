@@ -218,7 +218,7 @@ class Tensorwise(Optimizer):
         for index, param in enumerate(group["params"]):
             if not (param.is_floating_point() or param.is_complex()):
                 raise ValueError(f"params[{index}] must be floating-point or complex, got {param.dtype}")
-        check_flags(group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay")
+        check_flags(group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay", "amsgrad")
         betas = group.get("betas", (0, 0))
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
@@ -539,8 +539,9 @@ class Tensorwise(Optimizer):
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             named = {_ELSEWHERE[name]: value for name, value in saved_group.items() if name in _ELSEWHERE}
             saved_group = {**named, **{name: value for name, value in saved_group.items() if name not in _ELSEWHERE}}
-            if saved_group.get("amsgrad") and "amsgrad" not in group:
-                raise ValueError(f"the checkpoint is of a run with amsgrad=True, and {type(self).__name__} has none")
+            amsgrad = saved_group.get("amsgrad", False)
+            if "amsgrad" not in group and amsgrad is not False and amsgrad is not None:
+                raise ValueError(f"the checkpoint is of a run with {amsgrad=}, and {type(self).__name__} has none")
             if "step" in saved_group:
                 step = dict(step=saved_group.pop("step"))
                 rows = {index: states.get(index) for index in saved_group["params"]}

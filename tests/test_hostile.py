@@ -220,6 +220,7 @@ def everything(network: Any, optimizer: Any) -> Any:
     return bits([list(network.parameters()), copy.deepcopy(optimizer.state_dict())])
 
 
+@pytest.mark.filterwarnings("ignore:the error state is secret", r"ignore:\d+ steps that were made here")
 @each_info
 def test_a_checkpoint_damaged_at_any_key_loads_and_steps_or_is_refused_without_a_trace(info):
     whole = trained(info)[1].state_dict()
