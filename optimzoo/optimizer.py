@@ -218,7 +218,9 @@ class Tensorwise(Optimizer):
         for index, param in enumerate(group["params"]):
             if not (param.is_floating_point() or param.is_complex()):
                 raise ValueError(f"params[{index}] must be floating-point or complex, got {param.dtype}")
-        check_flags(group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay", "amsgrad")
+        check_flags(
+            group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay", "amsgrad"
+        )
         betas = group.get("betas", (0, 0))
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
@@ -593,19 +595,22 @@ class Tensorwise(Optimizer):
     def _restore(self, loaded: dict[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and give it the form that the step works on."""
         indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        memory: set[int] = set()  # where the state that is loaded lies: two that share it would be written twice
         for group in self.param_groups:
             for param, index in zip(group["params"], indices):  # noqa: B905  # goes on in the next group
                 saved = loaded["state"].get(index)
                 if not saved:
                     continue
                 state = self.state[param]
-                state["step"] = torch.as_tensor(
-                    saved["step"], dtype=torch.float32, device=self._step_device(group, param)
-                ).reshape(())
+                step = torch.as_tensor(saved["step"], dtype=torch.float32, device=self._step_device(group, param))
+                state["step"] = step.reshape(()).clone()
                 for name in self._kept(group, param):
                     like = self._first(group, name, param)
                     value = saved.get(name, like).to(device=like.device, dtype=like.dtype)
-                    state[name] = value if value.stride() == like.stride() else like.copy_(value)
+                    place = local(value).data_ptr()
+                    alone = value.stride() == like.stride() and place not in memory
+                    state[name] = value if alone else like.copy_(value)
+                    memory.add(place)
 
 
 class Elementwise(Tensorwise):
