@@ -135,7 +135,7 @@ class Tensorwise(Optimizer):
             written. Under a GradScaler the norm is that of the unscaled gradients. Default ``None``, no bound.
 
     Raises:
-        TypeError: a hyper-parameter is not a number.
+        TypeError: a hyper-parameter is not a number, or there is none of its name.
         ValueError: no parameters, parameters that are not leaves or not floating, a hyper-parameter out of range.
         RuntimeError: from ``step``, if a gradient or state does not fit its parameter; nothing has changed then.
 
@@ -171,7 +171,11 @@ class Tensorwise(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         max_grad_norm: float | None = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:  # Python would name this base
+            here = f"; it is {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{here}")
         flags = dict(maximize=maximize, capturable=capturable, differentiable=differentiable)
         decay = dict(weight_decay=0.0, decoupled_weight_decay=True, max_grad_norm=max_grad_norm)
         super().__init__(params, {**decay, **defaults, **flags})
