@@ -89,7 +89,16 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The memory that an optimizer's state holds, storage shared between tensors counted once; of shards, this
     process's."""
-    values = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+
+    def within(value: Any) -> Iterator[Tensor]:
+        """The tensors of a state, of its lists too, such as the history of L-BFGS."""
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from within(item)
+
+    values = [tensor for state in optimizer.state.values() for tensor in within(state)]
     tensors = [value.to_local() if hasattr(value, "to_local") else value for value in values]
     return sum({storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())
 
@@ -409,7 +418,7 @@ def train(
     }
 
 
-def error_record(settings: Settings, error: str, status: str = "error") -> Record:
+def error_record(settings: Settings, error: str, status: str = "error", device: str = "cpu") -> Record:
     """The record of a run that raised, or whose process died: ``error``, ``oom`` or ``timeout``."""
     return {
         "id": settings.id,
@@ -417,7 +426,7 @@ def error_record(settings: Settings, error: str, status: str = "error") -> Recor
         "phase": settings.phase,
         "settings": asdict(settings),
         "error": error,
-        "env": environment(),
+        "env": environment(device),
     }
 
 

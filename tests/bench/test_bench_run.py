@@ -172,6 +172,12 @@ def test_state_is_weighed(method: str, bytes_each: int) -> None:
     assert record["state_bytes"] == pytest.approx(bytes_each * record["parameters"], rel=0.01)
 
 
+def test_state_in_lists_is_weighed_too() -> None:
+    record = run(short("torch.optim:LBFGS", hp={"lr": 0.1}))
+    # Direction and last gradient, and a history of two vectors for each of many iterations.
+    assert record["state_bytes"] > 10 * 4 * record["parameters"]
+
+
 def test_every_setting_is_part_of_the_id() -> None:
     base = short()
     changed = {"task": "fm14", "task_version": 2, "method": "sgd", "package": "torch 1", "hp": {"lr": 1.0}, "seed": 9}
