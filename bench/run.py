@@ -243,13 +243,13 @@ class Training:
             return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         return self.take(mine, epoch)
 
-    def take(self, rows: Tensor, epoch: int) -> Batch:
-        """These rows of data in memory, augmented if the task does so."""
+    def take(self, rows: Tensor, epoch: int, part: int = 0) -> Batch:
+        """These rows of data in memory, augmented if the task does so; ``part`` tells a step's micro-batches apart."""
         batch = self.part[0][rows], self.part[1][rows]
         if not hasattr(self.task, "augment"):
             return batch
         generator = torch.Generator(self.device)
-        generator.manual_seed(stream("augment", self.settings.seed, self.clock["steps"]))
+        generator.manual_seed(stream(f"augment{part or ''}", self.settings.seed, self.clock["steps"]))
         augmented: Batch = self.task.augment(batch, generator, epoch, rows)
         return augmented
 
