@@ -18,7 +18,7 @@ from bench.protocol import RAISED, RULESETS, SAMPLERS, SELECTIONS, Cell, Protoco
 from bench.run import Machine
 from bench.schedule import factor as schedule_factor
 from bench.store import Store
-from bench.sweep import cells, find_preset, open_sweep, run_sweep
+from bench.sweep import cells, find_preset, open_sweep, run_sweep, widened
 from bench.tasks import SUITES, TASKS
 
 DONE, FAILED, USAGE, NO_DATA, INTERRUPTED = 0, 1, 2, 3, 130
@@ -83,7 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("list", help="the known tasks, methods, suites and presets")
     command.add_argument("what", nargs="?", choices=["tasks", "methods", "suites", "presets"])
 
-    command = commands.add_parser("run", help="train; goes on where an earlier call stopped", epilog=EXITS)
+    # Without abbreviations, so that --config is found by whoever looks for it.
+    command = commands.add_parser(
+        "run", help="train; goes on where an earlier call stopped", epilog=EXITS, allow_abbrev=False
+    )
     add = command.add_argument
     add("--config", type=Path, metavar="FILE", help="TOML with these options as keys; what is given here wins")
     what = command.add_argument_group("what is run").add_argument
@@ -284,18 +287,22 @@ def run(args: argparse.Namespace) -> int:
     crew = args.workers or (torch.cuda.device_count() if device == "cuda" else evidence.cores())
     protocol = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol) if field.name in args})
     store = Store(args.out)
+    named, (index, count) = (args.tasks, args.methods, protocol, args.presets), args.shard
     if args.dry_run:
-        named = {"tasks": args.tasks, "methods": args.methods, "presets": args.presets}
-        return show_plan(cells({**named, "protocol": protocol.as_record()}), store)
+        try:
+            return show_plan(cells(widened(store, *named))[index::count], store)
+        except (ValueError, OSError) as error:
+            return usage(error)
     if args.world > 1:
         from bench.distributed import run_together
 
         return run_together(args, store, protocol, machine)
     try:
-        sweep = open_sweep(store, args.tasks, args.methods, protocol, args.presets)
+        sweep = open_sweep(store, *named)
+    except OSError as error:
+        return usage(f"--out: {error}")
     except ValueError as error:
         return usage(error)
-    index, count = args.shard
     with view(args.progress) as shown:
         try:
             records, complete = run_sweep(
@@ -352,7 +359,7 @@ def make_report(args: argparse.Namespace) -> int:
 def status(args: argparse.Namespace) -> int:
     """Prints how far each method is on each task."""
     results = report.Results(Store(args.out))
-    for table in results.tables:
+    for table in results.every_table:
         for row in table.rows:
             runs = {run["id"]: run["status"] for run in [*row.trials, *row.plan.default, *row.finals]}
             bad = Counter(status for status in runs.values() if status != "ok")
@@ -413,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[args.command](args)
     except FileNotFoundError as error:
         return missing(error)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if args.command == "run":  # what is wrong with a request is known by then
             raise
         return usage(error)

@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bench import stats
 from bench.pool import attempt
-from bench.protocol import RAISED, Cell, score
+from bench.protocol import RAISED, Cell
+from bench.report import ENOUGH, Row, Sample
 from bench.run import Machine, Settings, environment
 from bench.store import Record, Store, finite
 from bench.sweep import cells
@@ -105,20 +104,25 @@ def compare(old: Store, new: Store) -> list[str]:
             continue
         spec = sides[0][key].spec
         gains = [spec.sign * (now[seed] - before[seed]) for seed in seeds]
-        low, high = stats.bootstrap(gains)
-        verdict = "tie" if low <= 0 <= high else "better" if low > 0 else "worse"
+        sample = Sample(tuple(gains))
+        low, high = sample.interval
         scale, unit = (100, " %") if spec.rate else (1, "")
         medians = [f"{scale * float(np.median([side[s] for s in seeds])):.4g}{unit}" for side in (before, now)]
-        gain = f"{scale * float(np.median(gains)):+.3g} [{scale * low:+.3g}, {scale * high:+.3g}]"
-        shown = key[2] or key[0], key[1], len(seeds), *medians, gain, f"{stats.p_improvement(gains):.2f}", verdict
+        gain = f"{scale * sample.median:+.3g} [{scale * low:+.3g}, {scale * high:+.3g}]"
+        shown = key[2] or key[0], key[1], len(seeds), *medians, gain, f"{sample.p_improvement:.2f}", sample.verdict
         lines.append(f"| {' | '.join(map(str, shown))} |")
     if len(lines) == 2:
         return ["The folders have no final runs of the same task, method and seed."]
-    return [*lines, "", "Positive differences are better; the interval is of the median, over 2000 bootstrap draws."]
+    lines += ["", "Positive differences are better; the interval is of the median, over 2000 bootstrap draws. "
+              f"A verdict needs {ENOUGH} seeds."]  # fmt: skip
+    rules = [next(iter(side.values())).protocol.as_record() for side in sides]
+    if differ := [
+        f"{name} {rules[0][name]} and {rules[1][name]}" for name in rules[0] if rules[0][name] != rules[1][name]
+    ]:
+        lines += ["", f"The folders have different rules: {', '.join(differ)}."]
+    return lines
 
 
 def finals(cell: Cell, records: dict[str, Record]) -> dict[int, float]:
-    """The metric of a cell's final runs by seed: at the chosen settings, or at the defaults where none were chosen."""
-    plan = cell.plan(records)
-    runs: list[Any] = plan.final or plan.default
-    return {run["settings"]["seed"]: score(run, cell.spec) for run in runs}
+    """The metric of a cell's final runs by seed, those that the report shows."""
+    return Row(cell, cell.plan(records), []).scores()

@@ -202,7 +202,7 @@ def profile(results: "Results") -> Markup:
         return Markup("")
     panel = svg.Panel(
         "Performance profile", svg.linear([1, FARTHEST]), svg.linear([0, 1], label=lambda share: f"{100 * share:g}%"),
-        "multiple of the fewest gradients to the target", width=560, height=300,
+        "multiple of the fewest gradients to the target",
     )  # fmt: skip
     panel.frame()
     for index, found in ratios.items():

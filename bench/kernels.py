@@ -78,7 +78,7 @@ def compile_kernels(nvcc: str, quick: bool) -> str:
         sources = Path(shutil.copytree(ROOT / "csrc", Path(folder, "csrc")))
         if quick:
             (sources / "rules.h").write_text('#include "rules/adagradnorm.h"\n')
-        command = [nvcc, *flags, "-arch=sm_90", *include, "-Xptxas=-v", "-c", "cuda.cu", "-o", "cuda.o"]
+        command = [nvcc, *flags, "-arch=sm_90", *include, "-Xptxas=-v", "-cubin", "cuda.cu", "-o", "cuda.cubin"]
         report = subprocess.run(command, cwd=sources, check=True, capture_output=True, text=True).stderr
     return subprocess.run(["c++filt"], input=report, check=True, capture_output=True, text=True).stdout
 

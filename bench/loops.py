@@ -5,6 +5,7 @@ A step takes the ``Training``, draws its batch, counts what it spends and return
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +105,10 @@ def by_growing(run: Training) -> Tensor:
     """A batch of the size that the method chose, in micro-batches, and a step."""
     schedule, total = run.optimizer.schedule, 0.0
     run.optimizer.zero_grad()
-    while True:
+    for part in itertools.count():
         rows = torch.tensor(run.optimizer.rows())
         weight = schedule.weight
-        loss = run.backward(run.take(rows, run.optimizer.sampler.epoch), weight)
+        loss = run.backward(run.take(rows, run.optimizer.sampler.epoch, part), weight)
         total += weight * float(loss)
         if not schedule.remaining:
             break

@@ -170,11 +170,12 @@ def find(name: str) -> OptSpec:
         raise LookupError(f"no method called {name!r}{nearest(name, METHODS)}; a class is written package.module:Class")
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise LookupError(f"no method {name!r}: {error}") from error
-    except AttributeError as error:
-        raise LookupError(f"no {attribute!r} in {module}{nearest(attribute, vars(sys.modules[module]))}") from error
+        holder = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        raise LookupError(f"no method {name!r}: {type(error).__name__}: {error}") from error
+    if not hasattr(holder, attribute):
+        raise LookupError(f"no {attribute!r} in {module}{nearest(attribute, vars(holder))}")
+    found = getattr(holder, attribute)
     if name in PEERS:
         return PEERS[name]
     if isinstance(found, OptSpec):

@@ -38,7 +38,7 @@ def attempt(settings: Settings, store: Store, machine: Machine, **options: Any) 
                 raise
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            record = error_record(settings, f"{type(error).__name__}: {error} ({where})", fate(error))
+            record = error_record(settings, f"{type(error).__name__}: {error} ({where})", fate(error), machine.device)
     return {**record, "warnings": sorted({str(warning.message) for warning in warned})}
 
 
@@ -103,14 +103,15 @@ class Worker:
             self.process.join()
             code = self.process.exitcode or 0
             killed = f"was killed by signal {-code}" + ", as when memory runs out" * (code == -signal.SIGKILL)
-            return error_record(run, f"its process {killed if code < 0 else f'died with exit code {code}'}")
+            died = f"its process {killed if code < 0 else f'died with exit code {code}'}"
+            return error_record(run, died, device=self.machine.device)
         return message
 
     def give_up(self, run: Settings, limit: float) -> Record:
         """Ends a run that has taken too long."""
         self.process.kill()
         self.process.join()
-        return error_record(run, f"not done after {limit:g} s", "timeout")
+        return error_record(run, f"not done after {limit:g} s", "timeout", self.machine.device)
 
 
 def place(machine: Machine, index: int) -> Machine:

@@ -138,10 +138,7 @@ def _at(values: Any, u: float) -> Any:
 
 
 def tpe(space: HP, spec: TaskSpec) -> Iterator[HP]:
-    """Settings by Optuna's tree-structured Parzen estimator; it is sent the score of each before the next.
-
-    The records are all the storage: a study is made anew from them, and gives the same answers.
-    """
+    """Settings by Optuna's tree-structured Parzen estimator; it is sent the score of each before the next."""
     try:
         import optuna
     except ImportError as error:
@@ -159,6 +156,29 @@ def tpe(space: HP, spec: TaskSpec) -> Iterator[HP]:
             else:
                 hp[name] = float(f"{trial.suggest_float(name, values / reach, values * reach, log=True):.3g}")
         study.tell(trial, (yield hp))
+
+
+class Study:
+    """What ``tpe`` asks for after given scores.
+
+    The records are all the storage: a study made anew gives the same answers. One that goes on asks only for what is
+    new, for a plan is made after every run.
+    """
+
+    def __init__(self, space: HP, spec: TaskSpec) -> None:
+        self.begin: Callable[[], Any] = lambda: tpe(space, spec)
+        self.scores: list[float] = []
+        self.asked: list[HP] = []
+
+    def after(self, scores: list[float]) -> HP:
+        """The next setting."""
+        if not self.asked or scores[: len(self.scores)] != self.scores[: len(scores)]:
+            self.study = self.begin()
+            self.scores, self.asked = [], [next(self.study)]
+        for found in scores[len(self.scores) :]:
+            self.scores.append(found)
+            self.asked.append(self.study.send(found))
+        return self.asked[len(scores)]
 
 
 def choose(trials: list[Trial], spec: TaskSpec, rule: str) -> HP:
@@ -225,6 +245,10 @@ class Cell:
         """A plan asks for the same settings again and again, and their ids are hashes."""
         return {}
 
+    @cached_property
+    def _study(self) -> Study:
+        return Study(self.space, self.spec)
+
     def settings(self, seed: int, split: str, budget: float = 1.0, **hp: Any) -> Settings:
         key = seed, split, budget, *sorted(hp.items())
         if key not in self._made:
@@ -285,14 +309,12 @@ class Cell:
 
         count, plan.later = self.protocol.trials, self.protocol.seeds
         if self.protocol.sampler == "tpe":
-            study = tpe(self.space, self.spec)
-            hp = next(study)
-            for number in range(1, count + 1):
-                if (found := add(hp).score) is None:
-                    plan.later += (count - number) * self.protocol.tune_seeds
+            scores: list[float] = []
+            while len(scores) < count:
+                if (found := add(self._study.after(scores)).score) is None:
+                    plan.later += (count - len(scores) - 1) * self.protocol.tune_seeds
                     return
-                if number < count:
-                    hp = study.send(found)
+                scores.append(found)
         elif self.protocol.sampler == "sobol":
             for hp in sobol(self.space, count):
                 add(hp)

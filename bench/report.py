@@ -249,11 +249,13 @@ class Table:
         return self.spec.error(min(max(self.best, 0.5 / n), 1 - 0.5 / n) if self.spec.rate else self.best, n)
 
     def heat(self, row: Row | None) -> str:
-        """How many standard errors of a run a median is from the best, as a class of colour."""
+        """How many standard errors of a run a median is from the best, as a class of colour; none where that ranks."""
         if row is None or row.sample is None or self.best is None or not self.error:
             return ""
         if row.failed * 2 > len(row.finals):
             return "h4"
+        if self.saturated:
+            return ""
         behind = self.spec.sign * (self.best - row.sample.median) / self.error
         return f"h{sum(behind > limit for limit in HEAT)}"
 
@@ -341,7 +343,12 @@ class Results:
     @cached_property
     def outcomes(self) -> list[Outcome]:
         """The published numbers and what came of them here."""
-        finals = {(row.spec.name, row.cell.method): row.finals for table in self.every_table for row in table.rows}
+        finals = {
+            (row.spec.name, row.cell.method): row.finals
+            for table in self.every_table
+            for row in table.rows
+            if row.plan.chosen is not None and (self.protocol.budget, self.protocol.schedule) == (1, "cosine")
+        }
         return outcomes(self.records.values(), finals)
 
     @cached_property

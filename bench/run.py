@@ -89,7 +89,16 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The memory that an optimizer's state holds, storage shared between tensors counted once; of shards, this
     process's."""
-    values = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+
+    def within(value: Any) -> Iterator[Tensor]:
+        """The tensors of a state, of its lists too, such as the history of L-BFGS."""
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from within(item)
+
+    values = [tensor for state in optimizer.state.values() for tensor in within(state)]
     tensors = [value.to_local() if hasattr(value, "to_local") else value for value in values]
     return sum({storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())
 
@@ -234,13 +243,13 @@ class Training:
             return inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         return self.take(mine, epoch)
 
-    def take(self, rows: Tensor, epoch: int) -> Batch:
-        """These rows of data in memory, augmented if the task does so."""
+    def take(self, rows: Tensor, epoch: int, part: int = 0) -> Batch:
+        """These rows of data in memory, augmented if the task does so; ``part`` tells a step's micro-batches apart."""
         batch = self.part[0][rows], self.part[1][rows]
         if not hasattr(self.task, "augment"):
             return batch
         generator = torch.Generator(self.device)
-        generator.manual_seed(stream("augment", self.settings.seed, self.clock["steps"]))
+        generator.manual_seed(stream(f"augment{part or ''}", self.settings.seed, self.clock["steps"]))
         augmented: Batch = self.task.augment(batch, generator, epoch, rows)
         return augmented
 
@@ -409,7 +418,7 @@ def train(
     }
 
 
-def error_record(settings: Settings, error: str, status: str = "error") -> Record:
+def error_record(settings: Settings, error: str, status: str = "error", device: str = "cpu") -> Record:
     """The record of a run that raised, or whose process died: ``error``, ``oom`` or ``timeout``."""
     return {
         "id": settings.id,
@@ -417,7 +426,7 @@ def error_record(settings: Settings, error: str, status: str = "error") -> Recor
         "phase": settings.phase,
         "settings": asdict(settings),
         "error": error,
-        "env": environment(),
+        "env": environment(device),
     }
 
 

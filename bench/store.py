@@ -85,10 +85,14 @@ class Store:
         file = self.folder / "manifest.json"
         if not file.exists():
             return None
-        manifest: Record = json.loads(file.read_text())
-        if manifest.get("format") != FORMAT:
+        try:
+            manifest: Record = json.loads(file.read_text())
+            known = manifest.get("format")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is not the manifest of a sweep: {error}") from error
+        if known != FORMAT:
             raise ValueError(
-                f"{self.folder} has results in format {manifest.get('format')}, and this benchmark reads format "
+                f"{self.folder} has results in format {known}, and this benchmark reads format "
                 f"{FORMAT}; use the version that wrote them, or another folder"
             )
         return manifest

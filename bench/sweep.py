@@ -5,15 +5,40 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from bench.methods import nearest
+from bench.methods import find, nearest
 from bench.pool import Request, train_all
 from bench.presets import PRESETS
 from bench.progress import Silent
 from bench.protocol import RAISED, Cell, Plan, Protocol
 from bench.run import Machine, Settings, environment
 from bench.store import Record, Store
+from bench.tasks import TASKS
 
 WIDENED = ("seeds",)  # the rules that a later call may raise: more of the same runs
+
+
+def widened(
+    store: Store, tasks: Iterable[str], methods: Iterable[str], protocol: Protocol, presets: Iterable[str] = ()
+) -> Record:
+    """The folder's manifest with this sweep in it. It may add tasks, methods, presets and seeds, and change no rule.
+
+    Raises:
+        ValueError: if the folder's sweep has other rules; the message names them.
+    """
+    rules = protocol.as_record()
+    if known := store.manifest():
+        differ = [key for key in rules if key not in WIDENED and rules[key] != known["protocol"][key]]
+        if bool(known["presets"]) != bool(presets):
+            raise ValueError(f"{store.folder} holds {'presets' if known['presets'] else 'no presets'}; give this "
+                             "sweep another --out")  # fmt: skip
+        if differ:
+            was = ", ".join(f"{key} {known['protocol'][key]}" for key in differ)
+            raise ValueError(f"{store.folder} holds a sweep with {was}; give this one another --out")
+        tasks = dict.fromkeys([*known["tasks"], *tasks])
+        methods = dict.fromkeys([*known["methods"], *methods])
+        presets = dict.fromkeys([*known["presets"], *presets])
+        rules |= {key: max(rules[key], known["protocol"][key]) for key in WIDENED}
+    return {"tasks": list(tasks), "methods": list(methods), "presets": list(presets), "protocol": rules}
 
 
 def open_sweep(
@@ -21,34 +46,33 @@ def open_sweep(
 ) -> list[Cell]:
     """Records the sweep in the folder's manifest and returns its cells.
 
-    A later call may add tasks, methods, presets and seeds; it may not change the rules.
-
     Raises:
-        ValueError: if the folder's sweep has other rules; the message names them.
+        ValueError: as :func:`widened` and :func:`cells` do.
     """
-    rules = protocol.as_record()
     store.create()
     with store.exclusive():
-        if known := store.manifest():
-            differ = [key for key in rules if key not in WIDENED and rules[key] != known["protocol"][key]]
-            if bool(known["presets"]) != bool(presets):
-                raise ValueError(f"{store.folder} holds {'presets' if known['presets'] else 'no presets'}; give this "
-                                 "sweep another --out")  # fmt: skip
-            if differ:
-                was = ", ".join(f"{key} {known['protocol'][key]}" for key in differ)
-                raise ValueError(f"{store.folder} holds a sweep with {was}; give this one another --out")
-            tasks = dict.fromkeys([*known["tasks"], *tasks])
-            methods = dict.fromkeys([*known["methods"], *methods])
-            presets = dict.fromkeys([*known["presets"], *presets])
-            rules |= {key: max(rules[key], known["protocol"][key]) for key in WIDENED}
-        manifest = {"tasks": list(tasks), "methods": list(methods), "presets": list(presets), "protocol": rules}
+        manifest = widened(store, tasks, methods, protocol, presets)
+        found = cells(manifest)
         store.save_manifest({**manifest, "env": environment()})
-    return cells(manifest)
+    return found
 
 
 def cells(manifest: Record) -> list[Cell]:
-    """Every method on every task, task by task, so that a sweep cut short has finished some; or the presets."""
+    """Every method on every task, task by task, so that a sweep cut short has finished some; or the presets.
+
+    Raises:
+        ValueError: if the folder names a task, a method or a preset that is not here.
+    """
     protocol = Protocol(**manifest["protocol"])
+    try:
+        for method in manifest["methods"]:
+            find(method)
+        for name in manifest["presets"]:
+            find_preset(name)
+        if strange := [task for task in manifest["tasks"] if task not in TASKS]:
+            raise LookupError(f"no task called {strange[0]!r}{nearest(strange[0], TASKS)}")
+    except LookupError as error:
+        raise ValueError(f"the folder's sweep cannot be planned: {error.args[0]}") from error
     if manifest["presets"]:
         return [Cell(PRESETS[name].task, PRESETS[name].method, protocol, name) for name in manifest["presets"]]
     return [Cell(task, method, protocol) for task in manifest["tasks"] for method in manifest["methods"]]

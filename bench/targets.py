@@ -40,7 +40,12 @@ class Target:
         """Whether a run has the recipe of the preset."""
         recipe, settings = PRESETS[self.preset], record["settings"]
         same = all(settings[key] == getattr(recipe, key) for key in ("task", "method", "schedule", "epochs", "batch"))
-        return same and record["phase"] == "final" and recipe.hp.items() <= settings["hp"].items()
+        return (
+            same
+            and settings["budget"] == 1
+            and record["phase"] == "final"
+            and recipe.hp.items() <= settings["hp"].items()
+        )
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class AdaBelief(Elementwise):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check_flags(group, "amsgrad", "rectify", "degenerated_to_sgd")
+        check_flags(group, "rectify", "degenerated_to_sgd")
         doubles = {param.dtype for param in group["params"]} <= {torch.float64, torch.complex128}
         smallest = torch.finfo(torch.float64 if doubles else torch.float32).tiny  # less is zero in the state
         if group["eps"] < smallest:

@@ -510,7 +510,7 @@ class DPSGD(Optimizer):
                 f"{gone.total()} steps that were made here are not in the history that is loaded, and not in epsilon: "
                 "it is too small if anything they released has been shown or is used"
             )
-        return state_dict
+        return {**state_dict, **self.base.state_dict()}  # what torch reads of groups is then as the base took it
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         self._share()

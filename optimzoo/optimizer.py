@@ -135,7 +135,7 @@ class Tensorwise(Optimizer):
             written. Under a GradScaler the norm is that of the unscaled gradients. Default ``None``, no bound.
 
     Raises:
-        TypeError: a hyper-parameter is not a number.
+        TypeError: a hyper-parameter is not a number, or there is none of its name.
         ValueError: no parameters, parameters that are not leaves or not floating, a hyper-parameter out of range.
         RuntimeError: from ``step``, if a gradient or state does not fit its parameter; nothing has changed then.
 
@@ -154,7 +154,6 @@ class Tensorwise(Optimizer):
     drawn: ClassVar[tuple[str, ...]] = ()
     """Those of the rule's states that are made for one step and not kept; :meth:`_prepare` fills them."""
 
-    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf and does not wait for them
     _rule: ClassVar[Rule]
     update: ClassVar[Callable[..., None]]
 
@@ -172,7 +171,11 @@ class Tensorwise(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         max_grad_norm: float | None = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:  # Python would name this base
+            here = f"; it is {_ELSEWHERE[name]} here" if name in _ELSEWHERE else ""
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{here}")
         flags = dict(maximize=maximize, capturable=capturable, differentiable=differentiable)
         decay = dict(weight_decay=0.0, decoupled_weight_decay=True, max_grad_norm=max_grad_norm)
         super().__init__(params, {**decay, **defaults, **flags})
@@ -189,6 +192,15 @@ class Tensorwise(Optimizer):
         """The first value of a state tensor: zeros like the parameter."""
         dtype = _STATE_DTYPE.get(param.dtype, param.dtype)
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over grad_scale and found_inf, and does not wait for them.
+
+        As in ``torch.optim`` only where ``fused=True`` asks for it: who sees this, as Lightning does, takes it for
+        a gradient that nobody else may unscale.
+        """
+        return self.defaults.get("fused") is True
 
     # Groups
 
@@ -210,7 +222,9 @@ class Tensorwise(Optimizer):
         for index, param in enumerate(group["params"]):
             if not (param.is_floating_point() or param.is_complex()):
                 raise ValueError(f"params[{index}] must be floating-point or complex, got {param.dtype}")
-        check_flags(group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay")
+        check_flags(
+            group, "maximize", "capturable", "differentiable", "decoupled_weight_decay", "fixed_decay", "amsgrad"
+        )
         betas = group.get("betas", (0, 0))
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
@@ -531,8 +545,9 @@ class Tensorwise(Optimizer):
         for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             named = {_ELSEWHERE[name]: value for name, value in saved_group.items() if name in _ELSEWHERE}
             saved_group = {**named, **{name: value for name, value in saved_group.items() if name not in _ELSEWHERE}}
-            if saved_group.get("amsgrad") is True and "amsgrad" not in group:
-                raise ValueError(f"the checkpoint is of a run with amsgrad=True, and {type(self).__name__} has none")
+            amsgrad = saved_group.get("amsgrad", False)
+            if "amsgrad" not in group and amsgrad is not False and amsgrad is not None:
+                raise ValueError(f"the checkpoint is of a run with {amsgrad=}, and {type(self).__name__} has none")
             if "step" in saved_group:
                 step = dict(step=saved_group.pop("step"))
                 rows = {index: states.get(index) for index in saved_group["params"]}
@@ -584,19 +599,22 @@ class Tensorwise(Optimizer):
     def _restore(self, loaded: dict[str, Any]) -> None:
         """Undo torch's cast of state to the parameter's dtype, and give it the form that the step works on."""
         indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        memory: set[int] = set()  # where the state that is loaded lies: two that share it would be written twice
         for group in self.param_groups:
             for param, index in zip(group["params"], indices):  # noqa: B905  # goes on in the next group
                 saved = loaded["state"].get(index)
                 if not saved:
                     continue
                 state = self.state[param]
-                state["step"] = torch.as_tensor(
-                    saved["step"], dtype=torch.float32, device=self._step_device(group, param)
-                ).reshape(())
+                step = torch.as_tensor(saved["step"], dtype=torch.float32, device=self._step_device(group, param))
+                state["step"] = step.reshape(()).clone()
                 for name in self._kept(group, param):
                     like = self._first(group, name, param)
                     value = saved.get(name, like).to(device=like.device, dtype=like.dtype)
-                    state[name] = value if value.stride() == like.stride() else like.copy_(value)
+                    place = local(value).data_ptr()
+                    alone = value.stride() == like.stride() and place not in memory
+                    state[name] = value if alone else like.copy_(value)
+                    memory.add(place)
 
 
 class Elementwise(Tensorwise):

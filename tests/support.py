@@ -249,7 +249,7 @@ SECTIONS: dict[str, dict[str, dict[str, Cell]]] = {
             TPSGD=yes(_training("test_parameters_of_bfloat16_train")),
             LanczosLR=no(
                 "products of 16 bits say nothing of an eigenvalue: an error",
-                "test_curvature.py::test_wrong_parameters_are_named",
+                "test_lanczos.py::test_wrong_parameters_groups_and_states_are_named",
             ),
             AdaptiveBatchSize=yes("test_batch_size.py::test_other_dtypes"),
         ),

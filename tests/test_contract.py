@@ -479,7 +479,9 @@ def test_a_scaled_loss_gives_the_bits_of_an_unscaled_one(case, backend, unscale)
                     scaler.unscale_(optimizer)
                 before = [bits(p.grad) for p in params]
                 scaler.step(optimizer)
-                assert [bits(p.grad) for p in params] == before
+                # Elsewhere it is the scaler that unscales them, as with torch.optim's classes.
+                kept = unscale or not enabled or backend.get("fused", False)
+                assert ([bits(p.grad) for p in params] == before) == bool(kept)
                 scaler.update()
             outcomes.append([bits(t) for t in results(optimizer)])
         assert outcomes[0] == outcomes[1], settings

@@ -587,3 +587,14 @@ def test_the_state_of_a_group_that_was_taken_out_is_let_go():
     optimizer.param_groups.pop()
     optimizer.step()
     assert gone() is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_an_unknown_argument_is_said_to_be_one_of_the_class_and_by_which_name_it_goes(case):
+    params = [torch.ones(2, requires_grad=True)]
+    with pytest.raises(
+        TypeError, match=rf"^{case.cls.__name__}\(\) got an unexpected keyword argument 'learning_rate'$"
+    ):
+        case.cls(params, learning_rate=0.1)
+    with pytest.raises(TypeError, match="'weight_decouple'; it is decoupled_weight_decay here"):
+        case.cls(params, weight_decouple=True)

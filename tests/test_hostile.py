@@ -188,6 +188,44 @@ def test_a_swarm_whose_parameter_changes_its_shape_says_so():
     assert bits(optimizer.state_dict()["state"]) == before
 
 
+def test_state_of_a_checkpoint_that_shares_memory_is_given_its_own():
+    params = [ramp(3).requires_grad_(), ramp(3).requires_grad_()]
+
+    def step(optimizer):
+        for param in params:
+            param.grad = param.detach().clone()
+        optimizer.step()
+
+    step(first := optimzoo.AdaBelief(params))
+    shared = first.state_dict()
+    count, average = torch.tensor(1.0), torch.full((3,), 0.1, dtype=torch.float64)
+    for row in shared["state"].values():
+        row |= dict(step=count, exp_avg=average, exp_avg_var=average)
+    whole = copy.deepcopy(shared)
+    for row in whole["state"].values():
+        row |= {name: value.clone() for name, value in row.items()}
+    outcomes = []
+    for state_dict in (shared, whole):
+        optimizer = optimzoo.AdaBelief(params)
+        optimizer.load_state_dict(state_dict)
+        with torch.no_grad():
+            for param in params:
+                param.copy_(ramp(3))
+        step(optimizer)
+        outcomes.append(bits([*params, *(dict(row) for row in optimizer.state.values())]))
+    assert outcomes[0] == outcomes[1]
+    assert count == 1
+
+
+def test_a_flag_of_a_checkpoint_that_is_none_is_named():
+    param = ramp(3).requires_grad_()
+    optimizer = optimzoo.AdaBelief([param], fused=True)
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["amsgrad"] = torch.ones(3)
+    with pytest.raises(TypeError, match="amsgrad must be True or False"):
+        optimizer.load_state_dict(state_dict)
+
+
 # Checkpoints damaged at every key
 
 

@@ -57,7 +57,7 @@ def test_every_cell_has_a_reason_or_a_test_that_is_run_for_its_class(name, cell)
     assert bool(cell.why) == (cell.works != "yes")
     assert cell.test or cell.works in ("no", "n/a")
     file, _, test = cell.test.partition("::")
-    if not test or file.startswith("integrations"):  # which need packages; they name their classes by themselves
+    if not test or file.startswith("integrations"):  # which need packages: integrations/test_cells.py
         return
     rows = ids(getattr(importlib.import_module(file[:-3]), test))
     by_class = [mark for mark in rows if any(row.partition("-")[0] in COLUMNS for row in mark)]

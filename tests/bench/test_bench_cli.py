@@ -1,6 +1,7 @@
 """The command line: exit codes, messages, a sweep with failures."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from conftest import OPTIONS
 
 from bench import __main__ as cli
 from bench.__main__ import main
+from bench.protocol import Protocol
 from bench.store import Store
+from bench.sweep import open_sweep
 from bench.tasks import TASKS
 
 
@@ -31,6 +34,7 @@ from bench.tasks import TASKS
         ("run --schedule cosinus", "'cosinus' is not a schedule"),
         ("run --budget 0.0001x --tasks fm14", "leaves fm14 less than one batch of 128"),
         ("run --trials 1 --methods adamw", "--trials 1 is less than the 2 choices adamw has at each rate"),
+        ("run --conf sweep.toml", "unrecognized arguments: --conf"),
         ("run --shard 4/4", "'4/4' is not a part such as 0/4"),
         ("run --device tpu", "--device tpu"),
         ("run --config nowhere.toml", "nowhere.toml"),
@@ -81,6 +85,58 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert main(["run", "--dry-run", *rules, "--out", str(tmp_path / "x")]) == cli.DONE
     assert "15 runs at most" in capsys.readouterr().out
     assert not (tmp_path / "x").exists()
+    assert main(["run", "--dry-run", *rules, "--shard", "1/2", "--out", str(tmp_path / "x")]) == cli.DONE
+    assert "0 runs at most" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_what_a_run_would(swept: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run", *OPTIONS, "--budget", "2x", "--out", str(swept[0])]) == cli.USAGE
+    assert "holds a sweep with budget 0.05" in capsys.readouterr().err
+
+
+def test_paths_that_are_none_are_wrong_requests(
+    swept: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for wrong in (file, file / "below"):
+        short = ["--tasks", "digits-mlp", "--methods", "sgd", "--budget", "0.05x"]
+        assert main(["run", *short, "--out", str(wrong)]) == cli.USAGE
+        assert "--out" in capsys.readouterr().err
+    assert main(["report", str(swept[0]), "--html", str(tmp_path)]) == cli.USAGE
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("[]", "{", ""):
+        (tmp_path / "manifest.json").write_text(text)
+        for command in ("report", "status", "verify"):
+            assert main([command, str(tmp_path)]) == cli.USAGE
+            assert "manifest.json is not the manifest of a sweep" in capsys.readouterr().err
+
+
+def test_a_folder_whose_methods_are_not_here_says_which(
+    swept: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = (swept[0] / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest.replace("broken:Raises", "elsewhere:Best"))
+    for command in ("report", "status", "verify"):
+        assert main([command, str(tmp_path)]) == cli.USAGE
+        assert "no method 'elsewhere:Best'" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text(manifest.replace('"digits-mlp"', '"digits-old"'))
+    assert main(["report", str(tmp_path)]) == cli.USAGE
+    assert "no task called 'digits-old'" in capsys.readouterr().err
+
+
+def test_a_module_that_cannot_be_read_is_a_wrong_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half_written.py").write_text("def (")
+    (tmp_path / "half_done.py").write_text("raise RuntimeError('not now')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, message in (("half_written", "SyntaxError"), ("half_done", "RuntimeError: not now")):
+        assert main(["run", "--methods", f"{name}:Best", "--out", str(tmp_path / "x")]) == cli.USAGE
+        assert message in capsys.readouterr().err
 
 
 def test_runs_that_raise_are_recorded_and_the_others_go_on(swept: tuple[Path, int]) -> None:
@@ -125,6 +181,12 @@ def test_status_counts(swept: tuple[Path, int], capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["digits-mlp", "broken:Raises"] and "error" in line for line in lines)
     assert lines[-1].endswith("0 with a checkpoint")
+
+
+def test_status_has_the_diagnostic_tasks_too(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    open_sweep(store, ["rotated"], ["sgd"], Protocol("one-shot", seeds=2))
+    assert main(["status", str(store.folder)]) == cli.DONE
+    assert "rotated      sgd              0 done,   2 left" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_in_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,10 +290,24 @@ def test_folders_are_compared_seed_by_seed(
     rows = {line.split("|")[2].strip(): line for line in capsys.readouterr().out.splitlines() if "digits" in line}
     assert "| 5 |" in rows["sgd"]
     assert "-5 [-5, -5]" in rows["sgd"]
-    assert rows["sgd"].rstrip("| ").endswith("worse")
+    assert rows["sgd"].rstrip("| ").endswith("0.00")  # no verdict of five seeds
     assert "+0 [+0, +0]" in rows["adamw"]
-    assert rows["adamw"].rstrip("| ").endswith("tie")
     assert main(["compare", str(out), str(tmp_path / "nowhere")]) == cli.NO_DATA
+
+
+def test_compared_folders_get_verdicts_from_enough_seeds_and_differences_of_their_rules(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = store, Store(tmp_path / "now")
+    for side, budget, metric in zip(sides, (1.0, 0.5), (0.9, 0.8), strict=True):
+        (cell,) = open_sweep(side, ["fm14"], ["sgd"], Protocol("one-shot", seeds=8, budget=budget))
+        for settings in cell.finals():
+            metrics = {"accuracy": metric, "loss": 0.1, "train_loss": 0.1}
+            side.append({"id": settings.id, "status": "ok", "settings": asdict(settings), "metrics": metrics})
+    assert main(["compare", *(str(side.folder) for side in sides)]) == cli.DONE
+    shown = capsys.readouterr().out
+    assert "| 8 | 90 % | 80 % | -10 [-10, -10] | 0.00 | worse |" in shown
+    assert "The folders have different rules: budget 1.0 and 0.5." in shown
 
 
 def test_targets_are_printed_with_and_without_a_folder(

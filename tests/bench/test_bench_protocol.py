@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.methods import OptSpec, find, half_decades
-from bench.protocol import EXTENSIONS, FINAL_SEEDS, Cell, Plan, Protocol, Trial, choose
+from bench.protocol import EXTENSIONS, FINAL_SEEDS, Cell, Plan, Protocol, Study, Trial, choose
 from bench.run import Settings
 from bench.store import Record
 from bench.tasks import TASKS
@@ -189,6 +189,15 @@ def test_tpe_asks_for_one_trial_at_a_time_and_learns_from_it() -> None:
     assert rates[0][:5] == rates[1][:5]  # drawn before anything is known
     low, high = (statistics.median(row[10:]) for row in rates)
     assert low < high / 10
+
+
+def test_a_study_that_goes_on_asks_what_one_made_anew_does() -> None:
+    pytest.importorskip("optuna")
+    spec, scores = TASKS["digits-mlp"].spec, [0.1, 0.5, 0.3, 0.7, 0.2, 0.6, 0.8]
+    space = Cell("digits-mlp", "adamw", Protocol()).space
+    going = Study(space, spec)
+    for told in (scores[:3], scores, scores[:5], [0.9, *scores[:6]], []):  # forth, back, and another history
+        assert going.after(told) == Study(space, spec).after(told)
 
 
 def test_of_settings_within_one_error_the_smallest_rate_wins_or_the_best() -> None:

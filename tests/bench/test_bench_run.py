@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from bench.methods import find
 from bench.run import EVALUATIONS, Settings, Training, failure, train
 from bench.store import Record, Store
+from bench.task import Classification
 from bench.tasks import TASKS
 
 STEPS = 46  # of digits-mlp at a twentieth of its budget
@@ -170,6 +171,29 @@ def test_state_is_weighed(method: str, bytes_each: int) -> None:
     hp = {**find(method).defaults}
     record = run(short(method, hp=hp))
     assert record["state_bytes"] == pytest.approx(bytes_each * record["parameters"], rel=0.01)
+
+
+def test_state_in_lists_is_weighed_too() -> None:
+    record = run(short("torch.optim:LBFGS", hp={"lr": 0.1}))
+    # Direction and last gradient, and a history of two vectors for each of many iterations.
+    assert record["state_bytes"] > 10 * 4 * record["parameters"]
+
+
+def test_micro_batches_of_a_step_are_augmented_each_in_its_own_way() -> None:
+    seeds: list[int] = []
+
+    class Noted(Classification):
+        def augment(self, batch: Any, generator: torch.Generator, epoch: int, rows: torch.Tensor) -> Any:
+            seeds.append(generator.initial_seed())
+            return batch
+
+    training = Training(short("adadagrad", hp=find("adadagrad").defaults))
+    task = training.task
+    training.task = Noted(task.spec, task.load, task.net)
+    for _ in range(2):
+        training.advance()
+    assert len(seeds) >= 8
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_every_setting_is_part_of_the_id() -> None:

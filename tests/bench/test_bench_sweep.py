@@ -227,7 +227,7 @@ def test_other_rules_and_other_formats_are_refused(store: Store, capsys: pytest.
 
 def test_a_sweep_over_all_methods_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = ["run", *SHORT, *QUIET, "--seeds", "1", "--methods", ",".join(METHODS)]
+    command = ["run", *SHORT, *QUIET, "--budget", "0.02x", "--seeds", "1", "--methods", ",".join(METHODS)]
     assert main([*command, "--out", str(whole)]) == cli.DONE
     wanted = {record["id"]: record["weights"] for record in lines(whole)}
     # A checkpoint at every step makes it likely that one is being written.

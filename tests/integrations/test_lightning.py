@@ -109,3 +109,22 @@ def test_manual_optimization_resumes_from_its_checkpoint(name, tmp_path):
 
 def test_accumulated_gradients_resume(tmp_path):
     assert_resumes(lambda: Automatic("AdaBelief"), tmp_path, accumulate=2)
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+def test_gradients_are_clipped_in_mixed_precision(name, tmp_path):
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        gradient_clip_val=0.5,
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    module = Automatic(name)
+    trainer.fit(module, DataLoader(DATA, batch_size=4))
+    assert trainer.global_step == 3
+    assert bits(module.model.state_dict()) != bits(network().state_dict())
