@@ -144,7 +144,7 @@ def attack(
     that pushes the error state to its other end. Half of the runs choose the score and the threshold; of the others
     come bounds by Clopper and Pearson, at a confidence of 1 - 1e-4 together.
     """
-    generator = np.random.default_rng(seed)
+    generator, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     other = torch.tensor([-size / 2, 0.0, 0.0], dtype=torch.float64)
     canary = torch.tensor([size, 0.0, 0.0], dtype=torch.float64)
     claims: list[float] = []
@@ -152,7 +152,7 @@ def attack(
     for present in (True, False):
         rows = []
         for _ in range(runs):
-            optimizer = start(make, 3, sample_rate=rate, **options)
+            optimizer = start(make, 3, sample_rate=rate, generator=noise, **options)
             batches = []
             for _ in range(steps):
                 taken = [row for row, here in ((other, True), (canary, present)) if here and generator.random() < rate]

@@ -34,10 +34,9 @@ CHROMIUM = shutil.which("chromium")
 
 @pytest.fixture(autouse=True)
 def _nothing_is_global():
-    before = dict(matplotlib.rcParams)
+    before = dict(matplotlib.rcParams), plt.get_fignums()
     yield
-    assert dict(matplotlib.rcParams) == before
-    assert plt.get_fignums() == []
+    assert (dict(matplotlib.rcParams), plt.get_fignums()) == before
 
 
 @pytest.fixture(scope="module")
