@@ -9,8 +9,10 @@ CSRC := $(shell find csrc -type f)
 
 .PHONY: bench test test-integrations test-abi test-sanitize lint format docs wheel step clean
 
+# A few minutes; without the options it is every method on every embedded task, which takes hours.
 bench: $(VENV)/ready
-	$(BIN)/python -m bench run --out runs
+	$(BIN)/python -m bench run --tasks digits-mlp,digits-cnn,mnist1d,fm14 --ruleset lr-only --trials 5 --tune-seeds 1 \
+	  --methods sgd,adam,adam-half,adamw,diffgrad,adabelief --out runs
 	$(BIN)/python -m bench report runs --html runs/report.html
 
 test: $(VENV)/ready
