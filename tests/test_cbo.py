@@ -1250,6 +1250,15 @@ INTERRUPTED = {
 }
 
 
+@pytest.fixture
+def interruptible():
+    """A shell has its background jobs ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("variant", INTERRUPTED)
 def test_an_interrupt_in_the_move_comes_when_the_step_is_done(variant, monkeypatch):
     optimizers = [make(**INTERRUPTED[variant]) for _ in range(2)]
