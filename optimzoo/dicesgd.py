@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from optimzoo import privacy
 from optimzoo.optimizer import Group, check_flags, check_number, load_state, local, sum_of_products, warn
-from optimzoo.per_sample import FactoredSamples, Samples, norms, weighted_sums
+from optimzoo.per_sample import FactoredSamples, Samples, micro_batches, norms, weighted_sums, writes
 from optimzoo.poisson import PoissonSampler
 from optimzoo.tensorlist import Scalar
 
@@ -306,7 +306,7 @@ class DPSGD(Optimizer):
     def _samples(self, empty: bool, pending: bool) -> dict[Tensor, list[Samples]]:
         """What is in ``grad_sample``, checked: for each parameter its micro-batches."""
         self._check_constants()
-        found = [(name, param, _chunks(param)) for name, param in self._trained()]
+        found = [(name, param, micro_batches(param)) for name, param in self._trained()]
         present = [row for row in found if row[2]]
         if not present:
             if pending or (found and self.allow_unused):
@@ -345,7 +345,7 @@ class DPSGD(Optimizer):
         if chunk.device != local(param).device:
             raise RuntimeError(f"grad_sample of {name} must be on {local(param).device}, got {chunk.device}")
         reference, version = self._used.get(id(chunk), (None, 0))
-        if reference is not None and reference() is chunk and version == _version(chunk):
+        if reference is not None and reference() is chunk and version == writes(chunk):
             raise RuntimeError(f"grad_sample of {name} has been used by a step before: it is of an old batch")
 
     def _add(self, samples: dict[Tensor, list[Samples]]) -> dict[Tensor, list[Tensor]]:
@@ -460,7 +460,7 @@ class DPSGD(Optimizer):
 
     def _clear(self, samples: dict[Tensor, list[Samples]], keep_sums: bool = False) -> None:
         """Let go of the samples, and know them again."""
-        used = {id(chunk): (weakref.ref(chunk), _version(chunk)) for chunks in samples.values() for chunk in chunks}
+        used = {id(chunk): (weakref.ref(chunk), writes(chunk)) for chunks in samples.values() for chunk in chunks}
         self._used = {key: entry for key, entry in self._used.items() if entry[0]() is not None} | used
         self._clear_samples()
         if not keep_sums:
@@ -639,17 +639,6 @@ def _check_params(group: Group) -> None:
             param = param[1]
         if isinstance(param, Tensor) and (not param.is_floating_point() or param.layout is not torch.strided):
             raise ValueError(f"params must be real and dense, got {param.dtype} with layout {param.layout}")
-
-
-def _chunks(param: Any) -> list[Any]:
-    samples = getattr(param, "grad_sample", None)
-    if samples is None:
-        return []
-    return list(samples) if isinstance(samples, list | tuple) else [samples]
-
-
-def _version(samples: Samples) -> int:
-    return samples._version if isinstance(samples, Tensor) else 0
 
 
 def _wide(param: Any) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optimzoo import ops
 from optimzoo.optimizer import is_native, local, sum_of_products
+from optimzoo.per_sample import micro_batches, writes
 
 if torch.distributed.is_available():
     import torch.distributed as dist
@@ -96,15 +97,15 @@ class PerSample:
 
     def clear(self) -> None:
         """Keep in mind what has been used; it belongs to whoever wrote it."""
-        every = [chunk for param in self.schedule.params for chunk in _chunks(param)]
-        self.used = {id(chunk): (weakref.ref(chunk), _version(chunk)) for chunk in every}
+        every = [chunk for param in self.schedule.params for chunk in micro_batches(param)]
+        self.used = {id(chunk): (weakref.ref(chunk), writes(chunk)) for chunk in every}
 
     def check_new(self) -> None:
         """Raise where a gradient of samples is that of the batch before."""
         for i, param in enumerate(self.schedule.params):
-            for chunk in _chunks(param):
+            for chunk in micro_batches(param):
                 reference, version = self.used.get(id(chunk), (None, 0))
-                if reference is not None and reference() is chunk and version == _version(chunk):
+                if reference is not None and reference() is chunk and version == writes(chunk):
                     raise RuntimeError(
                         f"grad_sample of params[{i}] is still that of the batch before: write the gradients of this "
                         "batch's samples, and set p.grad_sample to None after each step"
@@ -382,21 +383,11 @@ def _inner_product(left: dict[Tensor, Tensor], right: dict[Tensor, Tensor]) -> T
     return sum_of_products(grads, grads if left is right else [right[param] for param in both])
 
 
-def _chunks(param: Tensor) -> list[Tensor]:
-    """What lies in ``p.grad_sample``."""
-    value: Any = getattr(param, "grad_sample", None)
-    return [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def _grad_samples(params: list[Tensor], count: int) -> list[list[Tensor]]:
     """The gradients of single samples of each parameter that has a gradient, as matrices with a row for each."""
     found = []
     for i, param in enumerate(params):
-        chunks = [_real(chunk.detach()) for chunk in _chunks(param)]
+        chunks = [_real(chunk.detach()) for chunk in micro_batches(param)]
         if not chunks:
             if param.grad is None:
                 continue

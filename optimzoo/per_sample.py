@@ -321,6 +321,17 @@ def weighted_sums(samples: Sequence[Samples | list[Samples]], weights: Tensor) -
     return [[sum(rows[1:], rows[0]) for rows in zip(*column, strict=True)] for column in zip(*sums, strict=True)]
 
 
+def micro_batches(param: Any) -> list[Any]:
+    """What lies in ``p.grad_sample``, one micro-batch after the other."""
+    value = getattr(param, "grad_sample", None)
+    return [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
+
+
+def writes(samples: Any) -> int:
+    """How often what lies in ``p.grad_sample`` has been written to, where torch counts that."""
+    return samples._version if isinstance(samples, Tensor) and not samples.is_inference() else -1
+
+
 def _batches(samples: Sequence[Samples | list[Samples]]) -> list[list[Samples]]:
     """Micro-batch by micro-batch, those of all parameters."""
     columns = [entry if isinstance(entry, list) else [entry] for entry in samples]

@@ -750,6 +750,17 @@ def test_constants_are_looked_at_in_every_step(cls, name, value):
 
 
 @both
+def test_samples_may_be_made_in_inference_mode(cls):
+    params = parameters()
+    optimizer = make(cls, params)
+    with torch.inference_mode():
+        grads = [grad.clone() for grad in samples(params, 2)]
+    write(params, grads)
+    optimizer.step()
+    assert optimizer.history[0].steps == 1
+
+
+@both
 def test_unused_parameters_have_noise(cls):
     params = parameters()
     optimizer = make(cls, params, allow_unused=True)
