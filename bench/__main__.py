@@ -6,7 +6,8 @@ import re
 import signal
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from bench.sweep import cells, find_preset, open_sweep, run_sweep, widened
 from bench.tasks import SUITES, TASKS
 
 DONE, FAILED, USAGE, NO_DATA, INTERRUPTED = 0, 1, 2, 3, 130
+# Rules that a preset leaves no choice of.
+FIXED = ("ruleset", "trials", "sampler", "select", "tune_seeds", "schedule", "amp")
 EXITS = "exit codes: 0 done, 1 some runs raised an error, 2 usage, 3 data missing, 130 stopped before the end"
 
 
@@ -94,17 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
     what("--tasks", type=names, help="comma-separated, in place of a suite")
     what("--methods", type=names, help="also package.module:Class; default: all that are listed")
     what("--preset", type=names, help="published training runs, in place of tasks and methods")
-    how = command.add_argument_group("the rules").add_argument
-    how("--ruleset", choices=RULESETS, default=rules.ruleset, help=f"default: {rules.ruleset}")
-    how("--trials", type=positive, default=rules.trials, help=f"settings tried; default: {rules.trials}")
-    how("--sampler", choices=SAMPLERS, default=rules.sampler, help=f"of the trials; default: {rules.sampler}")
-    how("--select", choices=SELECTIONS, default=rules.select, help=f"among the trials; default: {rules.select}")
-    how("--tune-seeds", type=positive, default=rules.tune_seeds, help=f"of a trial; default: {rules.tune_seeds}")
-    how("--seeds", type=positive, default=rules.seeds, help=f"final runs; default: {rules.seeds}")
-    how("--schedule", type=schedule, default=rules.schedule, help="cosine, constant, wsd, step, ..; default: cosine")
-    how("--budget", type=factor, default=rules.budget, metavar="0.1x", help="multiple of each task's epochs")
-    how("--amp", choices=["off", "bf16"], default=rules.amp, help="activations in bfloat16; default: off")
-    how("--parallel", choices=["ddp", "fsdp"], default=rules.parallel, help="under torchrun; default: ddp")
+    how = partial(command.add_argument_group("the rules").add_argument, default=argparse.SUPPRESS)  # if not given
+    how("--ruleset", choices=RULESETS, help=f"default: {rules.ruleset}")
+    how("--trials", type=positive, help=f"settings tried; default: {rules.trials}")
+    how("--sampler", choices=SAMPLERS, help=f"of the trials; default: {rules.sampler}")
+    how("--select", choices=SELECTIONS, help=f"among the trials; default: {rules.select}")
+    how("--tune-seeds", type=positive, help=f"of a trial; default: {rules.tune_seeds}")
+    how("--seeds", type=positive, help=f"final runs; default: {rules.seeds}")
+    how("--schedule", type=schedule, help="cosine, constant, wsd, step, ..; default: cosine")
+    how("--budget", type=factor, metavar="0.1x", help="multiple of each task's epochs")
+    how("--amp", choices=["off", "bf16"], help="activations in bfloat16; default: off")
+    how("--parallel", choices=["ddp", "fsdp"], help="under torchrun; default: ddp")
     where = command.add_argument_group("the machine").add_argument
     where("--out", type=Path, default=Path("runs"), help="results folder; default: runs")
     where("--data-root", type=Path, metavar="DIR", help="where data lie that are not embedded")
@@ -215,8 +218,8 @@ def missing(error: FileNotFoundError) -> int:
     return NO_DATA
 
 
-def wanted(args: argparse.Namespace) -> None:
-    """Fills in tasks and methods, and makes sure that all that is named exists and can be run.
+def wanted(args: argparse.Namespace) -> Protocol:
+    """Fills in tasks and methods, makes sure that all that is named exists and can be run, and returns the rules.
 
     Raises:
         LookupError, ValueError: it does not.
@@ -226,7 +229,11 @@ def wanted(args: argparse.Namespace) -> None:
     if len(given) > 1:
         raise ValueError(f"--{' and --'.join(given)} exclude each other")
     args.presets = args.preset or []
+    rules = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol) if field.name in args})
     if args.presets:
+        if own := [f"--{name.replace('_', '-')}" for name in FIXED if name in args]:
+            raise ValueError(f"--preset has its own rules: leave {' and '.join(own)} out")
+        rules = replace(rules, ruleset="one-shot")
         if args.methods is not None:
             raise ValueError("--preset has its method: leave --methods out")
         found = [PRESETS[find_preset(name)] for name in args.presets]
@@ -247,9 +254,9 @@ def wanted(args: argparse.Namespace) -> None:
             raise ValueError(f"{method} needs {', '.join(sorted(alone))}, which is for one process alone")
         space = methods.find(method).space
         choices = [len(values) for values in space.values() if isinstance(values, tuple)]
-        if args.ruleset == "tuned" and args.sampler == "grid" and args.trials < max(choices, default=1):
+        if rules.ruleset == "tuned" and rules.sampler == "grid" and rules.trials < max(choices, default=1):
             raise ValueError(
-                f"--trials {args.trials} is less than the {max(choices)} choices {method} has at each rate"
+                f"--trials {rules.trials} is less than the {max(choices)} choices {method} has at each rate"
             )
     for task in args.tasks:
         if args.download and hasattr(TASKS[task], "download"):
@@ -259,8 +266,9 @@ def wanted(args: argparse.Namespace) -> None:
         train = TASKS[task].data(args.data_root).train
         size = len(train[1]) if isinstance(train, tuple) else len(train)
         spec = TASKS[task].spec
-        if args.budget * spec.epochs * size < spec.batch:
-            raise ValueError(f"--budget {args.budget:g}x leaves {task} less than one batch of {spec.batch}")
+        if rules.budget * spec.epochs * size < spec.batch:
+            raise ValueError(f"--budget {rules.budget:g}x leaves {task} less than one batch of {spec.batch}")
+    return rules
 
 
 def run(args: argparse.Namespace) -> int:
@@ -276,16 +284,13 @@ def run(args: argparse.Namespace) -> int:
         return usage(f"--device {args.device}: {str(error).splitlines()[0]}")
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        wanted(args)
+        protocol = wanted(args)
     except (LookupError, ValueError) as error:
         return usage(str(error.args[0]))
     except FileNotFoundError as error:
         return missing(error)
-    if args.presets:
-        args.ruleset = "one-shot"
     machine = Machine(args.data_root, device, args.threads, args.compile, args.checkpoint_every)
     crew = args.workers or (torch.cuda.device_count() if device == "cuda" else evidence.cores())
-    protocol = Protocol(**{field.name: getattr(args, field.name) for field in fields(Protocol) if field.name in args})
     store = Store(args.out)
     named, (index, count) = (args.tasks, args.methods, protocol, args.presets), args.shard
     if args.dry_run:

@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from bench.loops import Whole
+from bench.loops import Whole, agreed
 from bench.pool import attempt
 from bench.progress import Silent, view
 from bench.protocol import RAISED, Protocol
 from bench.run import Machine, Settings, Stopped
-from bench.store import Store
+from bench.store import Store, dump
 from bench.sweep import Progress, open_sweep
 
 TOGETHER = datetime.timedelta(minutes=2)  # within which all processes end a run, or some hang in it
@@ -56,18 +56,28 @@ class Sharded(Whole):
     def _save(self) -> None:
         run = self.run
         folder = self.store.folder / "ckpt" / f"{run.settings.id}.{run.clock['steps']}"
-        folder.mkdir(exist_ok=True)
-        torch.save(run.place(), folder / f"place-{dist.get_rank()}.pt")
-        model, optimizer = get_state_dict(run.model, run.optimizer)
+        failed: OSError | None = None
         try:
-            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        except CheckpointException as error:
-            raise OSError(str(error)) from error
+            folder.mkdir(exist_ok=True)
+            with open(folder / f"place-{dist.get_rank()}.pt", "wb") as stream:
+                dump(run.place(), stream)
+        except OSError as error:
+            failed = error
+        if not any(agreed(run.settings.world, failed is not None)):  # else some would wait for others in dcp.save
+            model, optimizer = get_state_dict(run.model, run.optimizer)
+            try:
+                dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+            except CheckpointException as error:
+                failed = OSError(str(error))
+        elif failed is None:
+            failed = OSError("another process could not write its part")
         dist.barrier()
         if dist.get_rank() == 0:
-            for older in self._folders():
-                if older != folder:
-                    shutil.rmtree(older)
+            for other in self._folders():
+                if (other == folder) == bool(failed):  # the older ones, or what there is of this
+                    shutil.rmtree(other, ignore_errors=True)
+        if failed:
+            raise failed
 
     def weights(self) -> dict[str, Tensor]:
         options = StateDictOptions(full_state_dict=True)
@@ -91,29 +101,30 @@ def run_together(args: argparse.Namespace, store: Store, protocol: Protocol, mac
 
     signal.signal(signal.SIGTERM, stop)
     first, begun = dist.get_rank() == 0, time.monotonic()
+    shown = view(args.progress) if first else Silent()
     books: Progress | None = None
     answer: list[Any] = [None]
     if first:
         try:
             cells = open_sweep(store, args.tasks, args.methods, protocol, args.presets)
             index, count = args.shard
-            books = Progress(store, cells[index::count])
-        except ValueError as error:
-            answer = [str(error)]
+            books = Progress(store, cells[index::count], shown)
+        except (ValueError, OSError) as error:
+            print(f"bench: {error}", file=sys.stderr)
+            answer = [2]
     dist.broadcast_object_list(answer, 0, ends)
     if answer[0] is not None:
-        raise ValueError(answer[0])
-    shown = view(args.progress) if first else Silent()
+        dist.destroy_process_group()
+        return int(answer[0])
     code = 0
     with shown:
         while True:
             if books is not None:
-                late = stopping or (args.max_time is not None and time.monotonic() - begun > args.max_time)
-                wanted = "late" if late else books.next_run()
-                while wanted == "wait":  # for another torchrun in this folder
-                    time.sleep(1)
-                    wanted = books.next_run()
-                answer = [wanted]
+                answer = ["wait"]
+                while answer == ["wait"]:  # for another torchrun in this folder, or for space
+                    late = stopping or (args.max_time is not None and time.monotonic() - begun > args.max_time)
+                    answer = ["late" if late else books.next_run()]
+                    time.sleep(answer == ["wait"])
             dist.broadcast_object_list(answer, 0, ends)
             settings = answer[0]
             if not isinstance(settings, Settings):
@@ -133,17 +144,17 @@ def run_together(args: argparse.Namespace, store: Store, protocol: Protocol, mac
                 print(f"process {dist.get_rank()}: {record['error']}", file=sys.stderr)
             dist.monitored_barrier(ends, TOGETHER)  # raises where a process failed and others wait for it
             if books is not None:
-                store.append(record)
-                store.drop_checkpoint(settings.id)
-                store.release(settings.id)
-                books.add(record)
+                books.end(record)
                 left = sum(books.pending.values())
                 shown.finish(settings, record, len(books.records), left, None)
     if books is not None:
-        for run in list(store.held):
-            store.release(run)
-        code = int(any(record["status"] in RAISED for record in books.records.values()))
-    answer = [code if complete else 130]
+        code = int(any(record["status"] in RAISED for record in books.records.values())) if complete else 130
+        try:
+            books.close()
+        except OSError as error:
+            print(f"bench: {error}; the same command goes on from what is saved", file=sys.stderr)
+            code = 1
+    answer = [code]
     dist.broadcast_object_list(answer, 0, ends)
     dist.destroy_process_group()
     return int(answer[0])

@@ -179,12 +179,6 @@ def agreed(world: int, *flags: bool) -> list[bool]:
     return (mean(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()
 
 
-def rank_zero(act: Callable[[], Any], world: int) -> None:
-    """Acts in the first process alone."""
-    if world == 1 or dist.get_rank() == 0:
-        act()
-
-
 def distributed(model: nn.Module, settings: Settings) -> nn.Module:
     """The network that shares its gradients, or also its weights, with the other processes."""
     if settings.parallel == "ddp":

@@ -1,6 +1,8 @@
 """The methods: how to build each optimizer, which learning rates to search, what it needs of the training loop."""
 
 import difflib
+import functools
+import hashlib
 import importlib
 import inspect
 import math
@@ -8,10 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
+UNKNOWN = "of unknown version"
 NEEDS = {
     "closure": "steps with a closure that takes the gradient",
     "forward_only": "steps with a closure that returns the loss",
@@ -46,7 +50,16 @@ def package_version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "of unknown version"
+        return UNKNOWN
+
+
+@functools.cache
+def source_version(build: Any) -> str:
+    """In place of a version: a hash of the file that a class or function is in, as it was when this was first asked."""
+    try:
+        return "source " + hashlib.sha256(Path(inspect.getfile(build)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):  # it is in no file
+        return UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -74,14 +87,20 @@ class OptSpec:
             raise ValueError(f"{self.name} needs {sorted(unknown)}; what a method can need is {sorted(NEEDS)}")
 
     @property
+    def built(self) -> Any:
+        """The class or function that builds it, imported."""
+        return self.build.load() if isinstance(self.build, Imported) else self.build
+
+    @property
     def package(self) -> str:
-        """Package and version that the optimizer comes from; a run of another version is another run."""
-        name = self.origin
-        if not name:
-            built = self.build.load() if isinstance(self.build, Imported) else self.build
-            name = built.__module__.partition(".")[0]
+        """Package and version that the optimizer comes from; a run of another version is another run.
+
+        A package without a version, such as a file of yours, has the hash of the source in its place.
+        """
+        name = self.origin or self.built.__module__.partition(".")[0]
         importlib.import_module(name)
-        return f"{name} {package_version(name)}"
+        version = package_version(name)
+        return f"{name} {source_version(self.built) if version == UNKNOWN else version}"
 
 
 def half_decades(middle: float, count: int) -> list[float]:

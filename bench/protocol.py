@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 from bench.methods import OptSpec, find, half_decades
@@ -32,7 +33,11 @@ HP = dict[str, Any]
 
 @dataclass(frozen=True)
 class Protocol:
-    """The rules under which methods are compared."""
+    """The rules under which methods are compared.
+
+    Raises:
+        ValueError: the sampler is not installed.
+    """
 
     ruleset: str = "tuned"
     trials: int = 14  # hyper-parameter settings tried
@@ -45,6 +50,10 @@ class Protocol:
     amp: str = "off"
     world: int = 1
     parallel: str = "ddp"
+
+    def __post_init__(self) -> None:
+        if self.sampler == "tpe" and not find_spec("optuna"):
+            raise ValueError("--sampler tpe needs optuna: pip install 'optimzoo[tune]'")
 
     def as_record(self) -> Record:
         return asdict(self)
@@ -139,10 +148,8 @@ def _at(values: Any, u: float) -> Any:
 
 def tpe(space: HP, spec: TaskSpec) -> Iterator[HP]:
     """Settings by Optuna's tree-structured Parzen estimator; it is sent the score of each before the next."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ValueError("--sampler tpe needs optuna: pip install 'optimzoo[tune]'") from error
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
     study = optuna.create_study(sampler=sampler, direction="maximize" if spec.sign > 0 else "minimize")

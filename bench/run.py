@@ -359,7 +359,7 @@ def train(
 
     Args:
         settings: the run.
-        store: where its checkpoint and curve are kept.
+        store: where its checkpoint is kept. The curve is in the record, for :meth:`Store.append` to write.
         checkpoint_every: seconds between checkpoints. Default: the machine's.
         on_evaluation: called with the share of the budget used and the newest point of the curve.
         machine: what it runs on.
@@ -390,7 +390,6 @@ def train(
             saved = time.monotonic()
         if stop:
             raise Stopped
-    loops.rank_zero(lambda: store.save_curve(settings.id, run.curve), settings.world)
     last, counted = run.curve[-1], ("steps", "grads", "forwards", "hvps", "samples")
     plain = not run.method.needs & loops.STEPS.keys() and run.device.type == "cpu"
     return {
@@ -410,6 +409,7 @@ def train(
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "weights": weights_hash(checkpoints.weights()),
         "error": checkpoints.error,
+        "curve": run.curve,
         "env": {
             **environment(machine.device),
             "threads": torch.get_num_threads(),

@@ -4,7 +4,7 @@ manifest.json    the sweep, written once and widened by later calls
 runs.jsonl       a line for every finished run
 curves/ID.jsonl  the learning curve of a run, a line for every evaluation
 ckpt/ID.pt       where an unfinished run stands; of several processes ckpt/ID.STEP, a folder
-locks/ID         which process has a run in hand, written to as long as it lives
+locks/ID         which process has a run in hand, touched as long as it lives
 
 Several processes, on machines that share the folder, may work in it.
 """
@@ -26,6 +26,7 @@ import torch
 Record = dict[str, Any]
 FORMAT = 2  # of the folder
 STALE = 60.0  # seconds after which a lock that nobody has written to is nobody's
+UNWRITTEN = 2.0  # the same of an empty one, whose process died, or found no space, before it could write its name
 
 
 def canonical(value: Any) -> str:
@@ -60,6 +61,20 @@ def replace(file: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(part, file)
     except BaseException:
         part.unlink(missing_ok=True)
+        raise
+
+
+def dump(state: Record, stream: BinaryIO) -> None:
+    """Writes tensors; torch hides what a full disk answers behind an error of its own.
+
+    Raises:
+        OSError: the stream does.
+    """
+    try:
+        torch.save(state, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
 
 
@@ -110,11 +125,14 @@ class Store:
             yield os.fstat(stream.fileno()).st_mtime
 
     def append(self, record: Record) -> None:
-        """Adds a finished run; when this returns the line has reached the disk."""
+        """Adds a finished run: its curve as a file and all else as a line, which is on the disk when this returns."""
+        line = {key: value for key, value in record.items() if key != "curve"}
+        if "curve" in record:
+            self.save_curve(record["id"], record["curve"])
         with self.exclusive():
             self._drop_torn_line()
             with open(self.runs, "ab") as stream:
-                stream.write((canonical(finite(record)) + "\n").encode())
+                stream.write((canonical(finite(line)) + "\n").encode())
                 stream.flush()
                 os.fsync(stream.fileno())
 
@@ -174,9 +192,10 @@ class Store:
 
     def _is_stale(self, file: Path, now: float) -> bool:
         """Whether the process that made a lock is dead, or has been silent for too long."""
-        if now - file.stat().st_mtime > STALE:
+        holder = file.read_text()
+        if now - file.stat().st_mtime > (STALE if holder else UNWRITTEN):
             return True
-        host, _, process = file.read_text().rpartition(":")
+        host, _, process = holder.rpartition(":")
         if host != socket.gethostname():
             return False
         if int(process) == os.getpid():  # of a process before this one, which had its number
@@ -210,7 +229,7 @@ class Store:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def save_checkpoint(self, run: str, state: Record) -> None:
-        replace(self.folder / "ckpt" / f"{run}.pt", lambda stream: torch.save(state, stream))
+        replace(self.folder / "ckpt" / f"{run}.pt", lambda stream: dump(state, stream))
 
     def checkpoint(self, run: str) -> Record | None:
         file = self.folder / "ckpt" / f"{run}.pt"

@@ -1,8 +1,9 @@
 """A sweep: every method on every task, planned by the protocol, trained by the pool, kept in the store."""
 
+import errno
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from bench.methods import find, nearest
@@ -15,6 +16,7 @@ from bench.store import Record, Store
 from bench.tasks import TASKS
 
 WIDENED = ("seeds",)  # the rules that a later call may raise: more of the same runs
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk
 
 
 def widened(
@@ -116,11 +118,15 @@ class Pace:
 class Progress:
     """The cells of this process, the runs known so far, and the plan of each cell until one of its runs ends.
 
-    Runs that raised before are not counted, so that they are tried again.
+    Runs that raised before are not counted, so that they are tried again. A run that has ended is kept until there is
+    space for its line, and until then none is begun: what was trained is not lost to a full disk.
     """
 
     store: Store
     cells: list[Cell]
+    view: Silent = field(default_factory=Silent)
+    unsaved: list[Record] = field(default_factory=list)
+    full: bool = False  # the disk, when it was last written to
     records: dict[str, Record] = field(default_factory=dict)
     plans: dict[Cell, Plan] = field(default_factory=dict)
 
@@ -133,6 +139,29 @@ class Progress:
         for cell in self.cells:
             if (cell.task, cell.method) == (settings["task"], settings["method"]):
                 self.plans.pop(cell, None)
+
+    def end(self, record: Record) -> None:
+        """Takes a run that has ended; its line is written before another run is begun."""
+        self.add(record)
+        self.unsaved.append(record)
+        self._with_space(self.save)
+
+    def save(self) -> None:
+        """Writes the runs that have ended."""
+        while self.unsaved:
+            record = self.unsaved[0]
+            self.store.append(record)
+            self.unsaved.pop(0).pop("curve", None)
+            self.store.drop_checkpoint(record["id"])
+            self.store.release(record["id"])
+
+    def close(self) -> None:
+        """Writes the runs that have ended, for the last time, and gives up all claims."""
+        try:
+            self.save()
+        finally:
+            for run in list(self.store.held):
+                self.store.release(run)
 
     def refresh(self) -> None:
         """Takes notice of the runs that other processes have ended."""
@@ -153,7 +182,28 @@ class Progress:
         return left
 
     def next_run(self) -> Request:
-        """A run that nobody has in hand, now ours; "wait" if others have all there is; None if there is none."""
+        """A run that nobody has in hand, now ours; None if there is none.
+
+        "wait" if others have all there is, or the disk is full.
+        """
+        return self._with_space(self._next_run)
+
+    def _with_space(self, act: Callable[[], Request]) -> Request:
+        """What ``act`` returns, or "wait" if it finds no space, which the user is told once."""
+        try:
+            found = act()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self.full:
+                self.view.note(f"{self.store.folder}: {error}; no run is begun until there is space")
+            self.full = True
+            return "wait"
+        self.full = False
+        return found
+
+    def _next_run(self) -> Request:
+        self.save()
         waiting: Request = None
         for cell in self.cells:
             for settings in list(self.plan(cell).wanted):
@@ -183,27 +233,18 @@ def run_sweep(
 ) -> tuple[dict[str, Record], bool]:
     """Trains what the cells want; returns the records and whether time allowed all of it.
 
-    Runs that other processes have in hand are waited for. A run whose line cannot be written, for want of space, is
-    kept, and written with the next one.
+    Runs that other processes have in hand are waited for, and so is space on the disk.
 
     Raises:
-        OSError: at the end there still is no space.
+        OSError: the folder cannot be written; for want of space only if time is up, or the user's patience.
     """
-    state, pace, begun = Progress(store, cells), Pace(), time.monotonic()
+    state, pace, begun = Progress(store, cells, view), Pace(), time.monotonic()
     for run in {*store.unfinished()} & state.records.keys():  # of a process that was killed between line and checkpoint
         store.drop_checkpoint(run)
-    unsaved: list[Record] = []
 
     def next_run() -> Request:
         late = max_time is not None and time.monotonic() - begun > max_time
         return None if late else state.next_run()
-
-    def save() -> None:
-        while unsaved:
-            store.append(unsaved[0])
-            run = unsaved.pop(0)["id"]
-            store.drop_checkpoint(run)
-            store.release(run)
 
     try:
         for settings, share, record in train_all(next_run, store, workers, machine, run_time):
@@ -211,20 +252,11 @@ def run_sweep(
                 pace.start(settings)
                 view.step(settings, share)
                 continue
-            unsaved.append(record)
-            state.add(record)
+            state.end(record)
             pace.end(settings)
-            try:
-                save()
-            except OSError as error:
-                view.note(f"{settings.id} is not saved yet: {error}")
             pending = state.pending
             left = sum(pending.values())
             view.finish(settings, record, len(state.records), left, pace.left(pending, workers))
     finally:
-        try:
-            save()
-        finally:
-            for run in list(store.held):
-                store.release(run)
+        state.close()
     return state.records, not sum(state.pending.values())

@@ -1,6 +1,7 @@
 """The command line: exit codes, messages, a sweep with failures."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,17 @@ from bench.tasks import TASKS
         ("run --suite quick --tasks fm14", "--suite and --tasks exclude each other"),
         ("run --preset cifar10/airbench49", "did you mean cifar10/airbench9"),
         ("run --preset imagenet/torchvision-v1 --methods sgd", "--preset has its method"),
+        *(
+            (f"run --preset imagenet/torchvision-v1 {rule}", f"--preset has its own rules: leave {named} out")
+            for rule, named in (
+                ("--ruleset tuned", "--ruleset"),
+                ("--trials 14", "--trials"),
+                ("--sampler grid", "--sampler"),
+                ("--select best --tune-seeds 2", "--select and --tune-seeds"),
+                ("--schedule cosine", "--schedule"),
+                ("--amp bf16", "--amp"),
+            )
+        ),
         ("run --schedule cosinus", "'cosinus' is not a schedule"),
         ("run --budget 0.0001x --tasks fm14", "leaves fm14 less than one batch of 128"),
         ("run --trials 1 --methods adamw", "--trials 1 is less than the 2 choices adamw has at each rate"),
@@ -222,6 +234,14 @@ def test_a_configuration_file_is_checked_like_arguments_and_these_win(
     assert "unrecognized arguments: --seedz=3" in capsys.readouterr().err
     file.write_text("seeds = ")
     assert main(["run", "--config", str(file), *out]) == cli.USAGE
+
+
+def test_a_sampler_that_is_not_installed_is_a_wrong_request(
+    swept: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["run", "--sampler", "tpe", "--tasks", "digits-mlp", "--out", str(tmp_path / "x")]) == cli.USAGE
+    assert "--sampler tpe needs optuna" in capsys.readouterr().err
 
 
 def test_data_that_are_not_embedded_are_asked_for_with_their_layout(

@@ -1,5 +1,6 @@
 """Two processes that share a batch: the same runs, to rounding; and their checkpoints, to the bit."""
 
+import errno
 import json
 import os
 import socket
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.__main__ import FAILED, USAGE, main
+from bench.__main__ import DONE, FAILED, USAGE, main
 from bench.loops import share
 from bench.pool import workshop
+from bench.protocol import Protocol
+from bench.store import Store
+from bench.sweep import open_sweep
 
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
@@ -34,8 +38,11 @@ SWEEP = [
 ]
 
 
-def member(rank: int, port: int, command: list[str], die_after: int) -> None:
-    """One of two processes, as torchrun would start it; it may die after so many checkpoints."""
+def member(rank: int, port: int, command: list[str], die_after: int, full: str) -> None:
+    """One of two processes, as torchrun would start it; it may die after so many checkpoints.
+
+    A part of theirs may find no space in the second process.
+    """
     import bench.distributed
     from bench.__main__ import main
 
@@ -50,17 +57,25 @@ def member(rank: int, port: int, command: list[str], die_after: int) -> None:
         if len(saved) == die_after:
             os._exit(9)
 
+    def no_space(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     bench.distributed.Sharded._save = save_and_die
+    if full and rank == 1:
+        if full == "place":
+            bench.distributed.dump = no_space
+        else:
+            torch.distributed.checkpoint.FileSystemWriter.write_data = no_space
     sys.exit(main(command))
 
 
-def together(out: Path, *options: str, die_after: int = 0) -> set[int | None]:
+def together(out: Path, *options: str, die_after: int = 0, full: str = "") -> set[int | None]:
     """The exit codes of two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [*SWEEP, "--out", str(out), *options]
-    crew = [workshop().Process(target=member, args=(rank, port, command, die_after)) for rank in range(2)]
+    crew = [workshop().Process(target=member, args=(rank, port, command, die_after, full)) for rank in range(2)]
     for process in crew:
         process.start()
     for process in crew:
@@ -94,6 +109,23 @@ def test_two_processes_do_what_one_does_and_go_on_where_they_stopped(parallel: s
         assert other["metrics"]["train_loss"] == pytest.approx(record["metrics"]["train_loss"], rel=1e-3)
         assert other["parameters"] == record["parameters"]
     assert list((cut / "ckpt").iterdir()) == []
+
+
+def test_a_folder_of_other_rules_ends_all_processes_in_2(tmp_path: Path) -> None:
+    Store(tmp_path).create()
+    open_sweep(Store(tmp_path), ["digits-mlp"], ["sgd"], Protocol("one-shot", seeds=1, budget=0.05))
+    assert together(tmp_path, "--methods", "sgd") == {USAGE}
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_processes_without_space_for_their_checkpoint_go_on(place: bool, tmp_path: Path) -> None:
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    methods = ["--methods", "sgd", "--checkpoint-every", "0s"]
+    assert together(whole, *methods) == together(full, *methods, full="place" if place else "weights") == {DONE}
+    (without,), (record,) = lines(whole).values(), lines(full).values()
+    assert record["weights"] == without["weights"]
+    assert "no checkpoint" in record["error"]
+    assert list((full / "ckpt").iterdir()) == []
 
 
 def test_shares_of_a_batch_have_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,22 @@
 """Planning: what is tried, what is chosen, what is run last, all from the records alone."""
 
+import importlib.util
 import math
+import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.methods import OptSpec, find, half_decades
+import optimzoo
+from bench.methods import METHODS, PEERS, OptSpec, find, half_decades
 from bench.protocol import EXTENSIONS, FINAL_SEEDS, Cell, Plan, Protocol, Study, Trial, choose
 from bench.run import Settings
 from bench.store import Record
@@ -139,6 +145,28 @@ def test_a_class_is_searched_around_its_own_default_and_asked_what_it_needs() ->
     assert find("torch.optim:NAdam").needs == frozenset()
     assert find("optimzoo:DiffGrad").package.startswith("optimzoo ")
     assert find("broken:HUNGRY").name == "hungry"
+
+
+def test_a_class_without_a_version_has_that_of_its_source_and_others_have_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = []
+    for scale in (1, 22):
+        (tmp_path / "made_here.py").write_text(f"import torch\n\nclass Mine(torch.optim.SGD):\n    scale = {scale}\n")
+        monkeypatch.delitem(sys.modules, "made_here", raising=False)
+        mine = find("made_here:Mine")
+        packages.append(mine.package)
+        own = OptSpec("mine", mine.built)
+        assert own.package == mine.package
+    assert len(set(packages)) == 2
+    assert all(re.fullmatch("made_here source [0-9a-f]{16}", package) for package in packages)
+    versions = {"optimzoo": optimzoo.__version__, "torch": torch.__version__}
+    assert all(spec.package == f"{spec.origin} {versions[spec.origin]}" for spec in METHODS.values())
+    for path in PEERS:
+        name = path.partition(":")[0]
+        if importlib.util.find_spec(name):
+            assert "source" not in find(path).package
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,11 @@ def test_an_old_python_is_told_why_there_are_no_targets(
     assert "from 3.11 on" in to_html(Results(Store(swept[0])))
 
 
+def test_every_published_preset_is_a_target() -> None:
+    rows = {target.preset: target.value for target in targets.load() if target.preset}
+    assert {name: rows.get(name) for name in PRESETS} == {name: preset.published for name, preset in PRESETS.items()}
+
+
 def test_every_target_is_well_formed() -> None:
     for target in targets.load():
         assert target.method

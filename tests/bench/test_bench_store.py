@@ -1,5 +1,6 @@
 """The results folder: nothing that was reported finished is lost, nothing half-written is believed."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.store import Store, finite, identity
+from bench.store import Store, dump, finite, identity
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 settings = st.dictionaries(st.text(), scalars | st.dictionaries(st.text(), scalars), max_size=5)
@@ -75,11 +76,31 @@ def test_a_checkpoint_is_replaced_in_one_piece(store: Store, monkeypatch: pytest
     assert store.checkpoint("run") is None
 
 
+class _Full(io.BytesIO):
+    """A disk that has space for little things alone."""
+
+    def write(self, data: Any) -> int:
+        if len(data) > 1000:
+            raise OSError("No space left")
+        return super().write(data)
+
+
+def test_a_checkpoint_without_space_says_so() -> None:
+    with pytest.raises(OSError, match="No space left"):
+        dump({"weights": torch.ones(1000)}, _Full())
+
+
 def test_curves_come_back(store: Store) -> None:
     rows = [{"samples": 0, "loss": 2.5}, {"samples": 8, "loss": float("nan")}]
     store.save_curve("run", rows)
     assert store.curve("run") == [rows[0], {"samples": 8, "loss": None}]
     assert store.curve("other") == []
+
+
+def test_the_curve_of_a_finished_run_is_no_part_of_its_line(store: Store) -> None:
+    store.append({**RECORDS[0], "curve": [{"samples": 0}]})
+    assert list(store.records().values()) == RECORDS[:1]
+    assert store.curve(RECORDS[0]["id"]) == [{"samples": 0}]
 
 
 def test_an_empty_folder_has_no_runs(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from bench import __main__ as cli
+from bench import pool
 from bench.__main__ import main
 from bench.methods import METHODS
 from bench.protocol import Cell, Protocol
-from bench.store import STALE, Store
+from bench.run import Settings
+from bench.store import STALE, UNWRITTEN, Store
 from bench.sweep import Progress, open_sweep
 
 ROOT = Path(cli.__file__).parents[1]
@@ -95,6 +97,10 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_after
         os.utime(lock, (0, time.time() - STALE - 1))
         assert store.claim("run")
         assert lock.read_text() == f"{host}:{os.getpid()}"
+    lock.write_text("")  # by a process that died before it had written its name, or is about to
+    assert not store.claim("run")
+    os.utime(lock, (0, time.time() - UNWRITTEN - 1))
+    assert store.claim("run")
     os.utime(lock, (0, time.time() - STALE - 1))
     store.beat()
     lock.write_text("elsewhere:1")
@@ -189,12 +195,46 @@ def test_a_line_that_finds_no_space_is_written_later(tmp_path: Path, monkeypatch
     assert len(set(calls)) == 2
 
 
+@pytest.mark.parametrize("part", ["save_curve", "claim", "append"])
+def test_what_was_trained_outlasts_a_full_disk(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, receive = getattr(Store, part), pool.Worker.receive
+    calls: list[Any] = []
+    trained: list[str] = []
+
+    def late(self: Store, run: Any, *args: Any) -> Any:
+        calls.append(run)
+        if 1 < len(calls) < 5:
+            full()
+        return write(self, run, *args)
+
+    monkeypatch.setattr(Store, part, late)
+
+    def noted(self: pool.Worker, run: Settings) -> Any:
+        message = receive(self, run)
+        if not isinstance(message, float):
+            trained.append(run.id)
+        return message
+
+    monkeypatch.setattr(pool.Worker, "receive", noted)
+    assert main(["run", *SHORT, *QUIET, "--seeds", "3", "--methods", "sgd", "--out", str(tmp_path)]) == cli.DONE
+    assert len(calls) >= 6
+    records = lines(tmp_path)
+    assert [record["status"] for record in records] == ["ok"] * 3
+    assert trained == [record["id"] for record in records]
+    assert all(len(Store(tmp_path).curve(record["id"])) > 1 for record in records)
+    assert Store(tmp_path).unfinished() == []
+
+
 def test_a_disk_that_stays_full_ends_the_sweep_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Store, "append", full)
-    assert main(["run", *SHORT, *QUIET, "--methods", "sgd", "--out", str(tmp_path)]) == cli.FAILED
-    assert "No space left on device" in capsys.readouterr().err
+    short = ["--methods", "sgd", "--out", str(tmp_path), "--max-time", "2s"]
+    assert main(["run", *SHORT, *QUIET, *short]) == cli.FAILED
+    shown = capsys.readouterr().err
+    assert shown.count("no run is begun until there is space") == 1
+    assert "No space left on device; the same command goes on from what is saved" in shown
+    assert [file.name for file in (tmp_path / "locks").iterdir()] == ["folder"]
     monkeypatch.undo()
     assert main(["run", *SHORT, *QUIET, "--methods", "sgd", "--out", str(tmp_path)]) == cli.DONE
 

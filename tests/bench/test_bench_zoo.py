@@ -50,7 +50,7 @@ def test_a_method_cut_off_at_any_step_goes_on_to_the_same_bits(method: str, tmp_
         assert again["weights"] == whole["weights"]
         assert again["counts"] == whole["counts"]
         assert again["metrics"] == whole["metrics"]
-        assert store.curve(asked.id)[-1]["train_loss"] == whole["metrics"]["train_loss"]
+        assert again["curve"][-1]["train_loss"] == whole["metrics"]["train_loss"]
 
 
 @pytest.mark.parametrize("method", METHODS)
