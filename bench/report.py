@@ -107,13 +107,18 @@ class Row:
         """The metric by seed."""
         return {run["settings"]["seed"]: score(run, self.spec) for run in (self.finals if runs is None else runs)}
 
+    def sample_of(self, runs: list[Record]) -> Sample | None:
+        """Their metric, with failures at chance; None where all raised, for then nothing was trained."""
+        trained = any(run["status"] not in RAISED for run in runs)
+        return Sample(tuple(self.scores(runs).values())) if trained else None
+
     @cached_property
     def sample(self) -> Sample | None:
-        return Sample(tuple(self.scores().values())) if self.finals else None
+        return self.sample_of(self.finals)
 
     @cached_property
     def default(self) -> Sample | None:
-        return Sample(tuple(self.scores(self.plan.default).values())) if self.plan.default else None
+        return self.sample_of(self.plan.default)
 
     @property
     def failed(self) -> int:
@@ -322,7 +327,7 @@ class Results:
         base = next((row for row in rows if row.method == self.baseline), rows[0])
         for row in rows:
             shared = [seed for seed in row.scores() if seed in base.scores()]
-            if row is not base and shared:
+            if row is not base and shared and row.sample and base.sample:
                 gains = (row.spec.sign * (row.scores()[seed] - base.scores()[seed]) for seed in shared)
                 row.difference = Sample(tuple(gains))
         return Table(rows[0].spec, rows, base.method, {method: i for i, method in enumerate(self.methods)})
@@ -583,6 +588,25 @@ def caption(table: Table) -> str:
     return f"{what[0].upper()}{what[1:]}{unit}{better}, n = {n} seeds{error}; target {target}{note}"
 
 
+MARKS = {"better": " ▲", "worse": " ▼", "tie": " ="}  # beside a median, what the difference to the baseline shows
+
+
+def glance(results: Results) -> list[list[str]]:
+    """The methods by task: the median, a mark for its verdict, and how many final runs failed."""
+    lines = []
+    for method in results.methods:
+        cells = [method]
+        for table in results.tables:
+            row = table.row(method)
+            if row is None or row.sample is None:
+                cells.append(NOTHING)
+                continue
+            failed = f" ({row.failed}/{len(row.finals)} failed)" if row.failed else ""
+            cells.append(table.show(row.sample.median) + MARKS.get(table.verdict(row), "") + failed)
+        lines.append(cells)
+    return lines
+
+
 def pass_rates(results: Results) -> list[list[str]]:
     """The diagnostic tasks by method: the share of final runs that get to the target."""
     lines = []
@@ -645,8 +669,19 @@ def to_console(results: Results) -> None:
 
 
 def to_markdown(results: Results) -> str:
-    """The tables as Markdown."""
+    """The tables as Markdown; before them, where there are several, the medians at a glance."""
     blocks = []
+    if len(results.tables) > 1:
+        heads = ["method"]
+        for table in results.tables:
+            n = max((len(row.finals) for row in table.rows), default=0)
+            unit = "" if table.spec.metric == "log_gap" else f", {table.unit}"
+            heads.append(f"{table.spec.name}{unit}{' (saturated)' if table.saturated else ''}, n = {n}")
+        rows = [heads, ["---", *["--:"] * len(results.tables)], *glance(results)]
+        blocks.append(
+            f"**At a glance**. Medians of the final runs; ▲ better, ▼ worse than {results.baseline}, = neither, by the"
+            " interval of the differences seed by seed\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        )
     for table in results.tables:
         rows = [COLUMNS, ["---"] * len(COLUMNS), *tabulate(table)]
         blocks.append(

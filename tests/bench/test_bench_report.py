@@ -24,7 +24,7 @@ from bench.__main__ import DONE, main
 from bench.methods import METHODS
 from bench.presets import PRESETS
 from bench.protocol import RULESETS, Protocol
-from bench.report import Results, Sample, to_html, to_markdown
+from bench.report import Results, Sample, glance, tabulate, to_html, to_markdown
 from bench.run import Settings, environment, error_record
 from bench.store import Record, Store, canonical, finite
 from bench.sweep import open_sweep
@@ -96,11 +96,35 @@ def test_a_name_or_an_error_cannot_break_out_of_the_page(store: Store, monkeypat
     assert "<script>alert" not in to_html(Results(store))
 
 
-def test_failed_runs_score_chance(swept: tuple[Path, int]) -> None:
-    row = next(row for row in Results(Store(swept[0])).tables[0].rows if row.method == "broken:Raises")
+def test_a_method_that_could_not_be_trained_at_all_has_no_score(swept: tuple[Path, int]) -> None:
+    results = Results(Store(swept[0]))
+    row = next(row for row in results.tables[0].rows if row.method == "broken:Raises")
     assert row.failed == len(row.finals) == 5
+    assert row.sample is row.default is row.difference is None
+    line = next(line for line in tabulate(results.tables[0]) if line[0] == "broken:Raises")
+    assert line[2:7] == ["-", "-", "-", "-", "5/5"]
+
+
+def test_failed_runs_score_chance(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, ["fm14"], ["adamw", "sgd"], Protocol("one-shot", seeds=3), lambda settings: settings.seed == 1001)
+    row = Results(store).tables[0].rows[0]
+    assert row.failed == 1
     assert row.sample is not None
-    assert row.sample.values == (0.1,) * 5
+    assert row.sample.values[1] == 0.1 < min(row.sample.values[0], row.sample.values[2])
+
+
+def test_the_tables_at_a_glance_mark_what_the_differences_show(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def lost(settings: Settings) -> bool:
+        return settings.method == "sgd" and settings.task == "fm14" and settings.seed < 1006
+
+    fill(store, ["fm14", "digits-mlp"], ["adamw", "sgd"], Protocol("one-shot", seeds=8), lost)
+    adamw, sgd = glance(Results(store))
+    assert sgd[1] == "10.0 ▼ (6/8 failed)"
+    assert not set("▲▼=") & set(adamw[1] + adamw[2] + sgd[2])  # neither the baseline nor a saturated task
+    assert to_markdown(Results(store)).startswith("**At a glance**")
 
 
 def test_differences_are_paired_by_seed(swept: tuple[Path, int]) -> None:
