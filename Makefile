@@ -59,6 +59,7 @@ format: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
+	$(BIN)/pytest -q tests/site
 
 wheel: $(VENV)/ready
 	rm -rf build dist

@@ -127,6 +127,17 @@ def test_the_tables_at_a_glance_mark_what_the_differences_show(tmp_path: Path) -
     assert to_markdown(Results(store)).startswith("**At a glance**")
 
 
+def test_the_readme_shows_the_results_that_are_kept() -> None:
+    """They are complete, and the table is what the report prints of them."""
+    root = Path(__file__).parents[2]
+    results = Results(Store(root / "bench" / "results"))
+    assert results.left == 0
+    assert set(METHODS) <= set(results.methods)
+    shown = (root / "README.md").read_text("utf-8").partition("<!-- bench table -->")[2].partition("<!-- end -->")[0]
+    assert {f"| {' | '.join(line)} |" for line in glance(results)} <= set(shown.splitlines())
+    assert results.rules in shown
+
+
 def test_differences_are_paired_by_seed(swept: tuple[Path, int]) -> None:
     rows = {row.method: row for row in Results(Store(swept[0])).tables[0].rows}
     sgd, adamw = rows["sgd"], rows["adamw"]
