@@ -188,7 +188,9 @@ def by_surrogates(
     make: Callable[..., Any], options: Options, value: Value, param: Tensor, steps: int
 ) -> tuple[list[Tensor], list[float]]:
     """Runs SSO on a scene: the point itself is the target."""
-    optimizer, path, cost = make([param], **{"nonfinite": "skip", **options}), [param.detach().clone()], [0.0]
+    # The surrogate's curvature is 1 / lr here, in every step: from 10, where Armijo starts, 100 trials do not reach 1e-4.
+    usual = dict(inner=functools.partial(Armijo, lr=options["lr"], growth=1.0), nonfinite="skip")
+    optimizer, path, cost = make([param], **{**usual, **options}), [param.detach().clone()], [0.0]
 
     for step in range(steps):
         optimizer.step(lambda step=step: (param[None], lambda z: value(step, z[0])))
@@ -258,7 +260,7 @@ METHODS: dict[str, Method] = {
     "daleadamw": Method("DaleAdamW", optimzoo.DaleAdamW, dict(weight_decay=0.0)),
     "dalelangevin": Method("DaleLangevin", optimzoo.DaleLangevin),
     "cbo": Method("CBO, 50 particles", optimzoo.CBO, dict(n_particles=50), by_particles),
-    "sso": Method("SSO", optimzoo.SSO, dict(inner=Armijo, inner_steps=2), by_surrogates),
+    "sso": Method("SSO", optimzoo.SSO, dict(inner_steps=2), by_surrogates),
     "lanczos": Method("SGD, LanczosLR", optimzoo.LanczosLR, {}, by_curvature),
 }
 """The methods that run on scenes. TPSGD is none: it needs layers and labels."""
@@ -732,7 +734,7 @@ class Updates(NamedTuple):
 
 
 def matrix_updates(
-    methods: Sequence[Any] = ("momentum", "adamw", "diffgrad", "adabelief", "muon"),
+    methods: Sequence[Any] = ("momentum", "adamw", "diffgrad", "adabelief", "muon", "shampoo"),
     shape: tuple[int, int] = (24, 16),
     *,
     steps: int = 60,
@@ -745,7 +747,7 @@ def matrix_updates(
 
     The loss is half the squared distance of A W to A W*, per row, with A of the given condition. All methods have the
     same grid of learning rates; the rate is chosen whose mean logarithm of the loss is lowest. ``"muon"`` is
-    ``torch.optim.Muon``.
+    ``torch.optim.Muon``, ``"shampoo"`` :class:`Shampoo`.
     """
     rows, columns = shape
     draw = torch.Generator().manual_seed(seed)
@@ -758,7 +760,7 @@ def matrix_updates(
     wanted, found = gaussian(rows, columns), []
     rates = (tune or Tune()).rates
     for done, spec in enumerate(methods):
-        entry = _muon() if spec == "muon" else method(spec)
+        entry = _of_matrices(spec) or method(spec)
         if entry.drive is not None:
             raise ValueError(f"{entry.label} does not step from a gradient")
         tried = []
@@ -782,11 +784,45 @@ def matrix_updates(
     return found
 
 
-def _muon() -> Method:
-    make = getattr(torch.optim, "Muon", None)
-    if make is None:
+class Shampoo(torch.optim.Optimizer):
+    r"""Shampoo's step for matrices, to draw it beside others: no momentum, no blocks, every root anew.
+
+    .. math::
+        L_t = L_{t-1} + G G^T, \quad R_t = R_{t-1} + G^T G, \quad W_t = W_{t-1} - \gamma L_t^{-1/4} G R_t^{-1/4}
+
+    with :math:`L_0 = R_0 = \epsilon I` (Gupta et al., 2018, https://arxiv.org/abs/1802.09568).
+    """
+
+    def __init__(self, params: Any, lr: float = 0.1, eps: float = 1e-6) -> None:
+        super().__init__(params, dict(lr=lr, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step; there is no closure."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                way, row = weight.grad, self.state[weight]
+                for name, gram in (("left", way @ way.mT), ("right", way.mT @ way)):
+                    row[name] = row.get(name, group["eps"] * torch.eye(len(gram)).to(gram)) + gram
+                weight -= group["lr"] * _fourth_root(row["left"]) @ way @ _fourth_root(row["right"])
+
+
+def _fourth_root(gram: Tensor) -> Tensor:
+    """The inverse of it."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = vectors * values.clamp_min(1e-300) ** -0.25 @ vectors.mT
+    return root
+
+
+def _of_matrices(spec: Any) -> Method | None:
+    """The method, if it is one for matrices alone."""
+    if spec == "shampoo":
+        return Method("Shampoo", Shampoo)
+    if spec != "muon":
+        return None
+    if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"this torch, {torch.__version__}, has no Muon; torch 2.9 or later has one")
-    return Method("Muon", make, dict(weight_decay=0.0))
+    return Method("Muon", torch.optim.Muon, dict(weight_decay=0.0))
 
 
 # Networks

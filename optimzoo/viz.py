@@ -878,7 +878,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--y", type=_axis, default="betas.0:0:0.99:25", help="setting:low:high:count")
     one = command("anatomy", "what each step does, coordinate by coordinate", False, "diffgrad", "anatomy.png")
     one.add_argument("--lr", type=float)
-    several = "momentum,adamw,diffgrad,adabelief,muon"
+    several = "momentum,adamw,diffgrad,adabelief,muon,shampoo"
     command("matrix", "what optimizers make of a matrix's gradient", True, several, "matrix.png")
     one = command("runs", "a benchmark's runs", False, "", "runs.png")
     one.add_argument("file", help="runs.jsonl, or its folder")

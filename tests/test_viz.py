@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -95,6 +96,13 @@ def test_methods_with_closures_of_their_own_descend_and_count(name):
     assert (losses[:, -1] < 0.05 * losses[:, 0]).all()
     assert (cost.diff(dim=-1) > 0).all()
     assert (found[0, 0, 0] == it.start).all()
+
+
+def test_sso_is_about_gradient_descent_where_the_point_is_the_target():
+    it, variants = scene("beale"), [dict(lr=1e-5), dict(lr=1e-4), dict(lr=1e-3)]
+    found, plain = (paths(it, name, variants, steps=5).points for name in ("sso", "sgd"))
+    moved = (plain - plain[:, :, :1]).norm(dim=-1)[:, 0, -1]
+    assert ((found - plain).norm(dim=-1)[:, 0, -1] < 0.05 * moved).all()  # at the small rates as well
 
 
 def test_a_run_that_diverges_disturbs_no_other():
@@ -196,6 +204,26 @@ def test_muon_equalises_singular_values_and_gradient_descent_keeps_them():
     flat = {each.label: float(each.values[0, -1] / each.values[0, 0]) for each in found}
     assert flat["SGD"] < 0.15
     assert flat.get("Muon", 1.0) > 0.5
+
+
+def test_shampoo_equalises_the_first_update_and_then_divides_by_all_that_it_has_seen():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5, 3, dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
+    optimizer = trajectories.Shampoo([weight], lr=0.5, eps=1e-12)
+    weight.grad = first
+    optimizer.step()
+    torch.testing.assert_close(torch.linalg.svdvals(weight.detach()), torch.full((3,), 0.5, dtype=torch.float64))
+    before, weight.grad = weight.detach().clone(), second
+    optimizer.step()
+    left, right = (first @ first.mT + second @ second.mT).numpy(), (first.mT @ first + second.mT @ second).numpy()
+    right_root = np.linalg.inv(scipy.linalg.sqrtm(scipy.linalg.sqrtm(right)))
+    values, vectors = np.linalg.eigh(left + 1e-12 * np.eye(5))
+    expected = -0.5 * (vectors * values**-0.25) @ vectors.T @ second.numpy() @ right_root
+    np.testing.assert_allclose((weight.detach() - before).numpy(), expected, rtol=1e-6, atol=1e-9)
+    (found,) = trajectories.matrix_updates(["shampoo"], (4, 3), steps=3, tune=QUICK)
+    assert found.label == "Shampoo"
+    assert float(found.losses[-1]) < float(found.losses[0])
 
 
 # Networks
