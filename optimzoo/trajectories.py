@@ -49,12 +49,15 @@ class Method(NamedTuple):
         make: the optimizer's class, or a function like it.
         options: beside the learning rate. None has weight decay: a scene's minimum is that of the loss alone.
         drive: what runs it; by default each step is given a gradient.
+        own: for :func:`anatomy`, a quantity that others do not have: its name, and what finds it (steps, d) from the
+            rest of the anatomy and the settings of the optimizer's group.
     """
 
     label: str
     make: Callable[..., Any]
     options: Options = {}  # noqa: RUF012  # never written to
     drive: Drive | None = None
+    own: tuple[str, Callable[[Anatomy, Options], Tensor]] | None = None
 
     @property
     def default_lr(self) -> float | None:
@@ -188,7 +191,7 @@ def by_surrogates(
     make: Callable[..., Any], options: Options, value: Value, param: Tensor, steps: int
 ) -> tuple[list[Tensor], list[float]]:
     """Runs SSO on a scene: the point itself is the target."""
-    # The surrogate's curvature is 1 / lr here, in every step: from 10, where Armijo starts, 100 trials do not reach 1e-4.
+    # The surrogate's curvature is 1 / lr here, in every step. From 10, Armijo's default, 100 trials do not reach 1e-4.
     usual = dict(inner=functools.partial(Armijo, lr=options["lr"], growth=1.0), nonfinite="skip")
     optimizer, path, cost = make([param], **{**usual, **options}), [param.detach().clone()], [0.0]
 
@@ -245,6 +248,27 @@ def by_particles(
     return Paths(torch.stack(points), torch.stack(costs))
 
 
+def _friction(found: Anatomy, options: Options) -> Tensor:
+    after = found.states["previous_grad"]
+    change = torch.cat([torch.zeros_like(after[:1]), after[:-1]]) - after
+    if options["variant"] == 2:
+        return 9 * (change.abs() / 2).sigmoid() - 4
+    return (change if options["variant"] == 1 else change.abs()).sigmoid()
+
+
+def _denominator(found: Anatomy, options: Options) -> Tensor:
+    variance = found.states.get("max_exp_avg_var", found.states["exp_avg_var"])
+    step = torch.arange(1, len(variance) + 1, dtype=variance.dtype)[:, None]
+    root: Tensor = (variance / (1 - options["betas"][1] ** step)).sqrt() + options["eps"]
+    return root
+
+
+def _weights(found: Anatomy, options: Options) -> Tensor:
+    return found.points[1:]
+
+
+_SIGNED = "Weights, none of which changes its sign", _weights
+
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", torch.optim.SGD),
     "momentum": Method("SGD + momentum", torch.optim.SGD, dict(momentum=0.9)),
@@ -253,12 +277,17 @@ METHODS: dict[str, Method] = {
     "rmsprop": Method("RMSprop", torch.optim.RMSprop),
     "adagrad": Method("Adagrad", torch.optim.Adagrad),
     "lbfgs": Method("L-BFGS", torch.optim.LBFGS, dict(max_iter=1), by_closures),
-    "diffgrad": Method("diffGrad", optimzoo.DiffGrad),
-    "adabelief": Method("AdaBelief", optimzoo.AdaBelief, dict(rectify=False)),
+    "diffgrad": Method("diffGrad", optimzoo.DiffGrad, own=("Friction: what Adam's step is multiplied by", _friction)),
+    "adabelief": Method(
+        "AdaBelief",
+        optimzoo.AdaBelief,
+        dict(rectify=False),
+        own=("Denominator: how far gradients are from their mean", _denominator),
+    ),
     "adagradnorm": Method("AdaGradNorm", optimzoo.AdaGradNorm),
-    "dalesgd": Method("DaleSGD", optimzoo.DaleSGD),
-    "daleadamw": Method("DaleAdamW", optimzoo.DaleAdamW, dict(weight_decay=0.0)),
-    "dalelangevin": Method("DaleLangevin", optimzoo.DaleLangevin),
+    "dalesgd": Method("DaleSGD", optimzoo.DaleSGD, own=_SIGNED),
+    "daleadamw": Method("DaleAdamW", optimzoo.DaleAdamW, dict(weight_decay=0.0), own=_SIGNED),
+    "dalelangevin": Method("DaleLangevin", optimzoo.DaleLangevin, own=_SIGNED),
     "cbo": Method("CBO, 50 particles", optimzoo.CBO, dict(n_particles=50), by_particles),
     "sso": Method("SSO", optimzoo.SSO, dict(inner_steps=2), by_surrogates),
     "lanczos": Method("SGD, LanczosLR", optimzoo.LanczosLR, {}, by_curvature),
@@ -299,7 +328,7 @@ def method(spec: str | Method | type | tuple[Any, Options]) -> Method:
         raise TypeError(f"an optimizer must be a name, a class or (class, options), got {spec!r}")
     known = next((entry for entry in METHODS.values() if entry.make is make), None)
     if known is not None:
-        return Method(known.label.partition(",")[0], make, {**known.options, **options}, known.drive)
+        return known._replace(label=known.label.partition(",")[0], options={**known.options, **options})
     step = getattr(make, "step", None)
     closure = inspect.signature(step).parameters.get("closure") if step else None
     needed = closure is not None and closure.default is inspect.Parameter.empty
@@ -682,7 +711,8 @@ class Anatomy(NamedTuple):
     """One run step by step; per coordinate (steps, d), or (steps,).
 
     ``cosine`` is that of the step with the negative gradient, ``rates`` the step over the gradient: what learning rate
-    plain descent would have needed. ``states`` are those tensors of the state that have the parameter's shape.
+    plain descent would have needed. ``states`` are those tensors of the state that have the parameter's shape. ``own``
+    is the quantity that the method alone has, with its name, if its :class:`Method` names one.
     """
 
     points: Tensor
@@ -693,6 +723,7 @@ class Anatomy(NamedTuple):
     states: dict[str, Tensor]
     lr: float
     label: str
+    own: tuple[str, Tensor] | None = None
 
 
 def anatomy(
@@ -708,8 +739,10 @@ def anatomy(
     it = scene(it) if isinstance(it, str) else it
     lr = tuned_rate(it, spec, steps, tune, progress) if lr is None else lr
     states: dict[str, list[Tensor]] = {}
+    settings: Options = {}
 
     def watch(optimizer: Any, param: Tensor, slope: Tensor) -> None:
+        settings.update(optimizer.param_groups[0])
         for name, value in optimizer.state.get(param, {}).items():
             if isinstance(value, Tensor) and value.shape == param.shape:
                 states.setdefault(name, []).append(value.detach().double().reshape(-1).clone())
@@ -717,11 +750,13 @@ def anatomy(
     found = paths(it, spec, [dict(lr=lr)], steps=steps, progress=progress, watch=watch).points[0, 0]
     before, updates = found[:-1], found.diff(dim=0)
     gradients = torch.stack([it.gradient(p[None], t)[0] for t, p in enumerate(before)])
-    label = f"{method(spec).label} on {it.name}"
+    entry = method(spec)
+    label = f"{entry.label} on {it.name}"
     lengths = updates.norm(dim=1) * gradients.norm(dim=1)
     cosine = -(updates * gradients).sum(1) / lengths
     kept = {name: torch.stack(rows) for name, rows in states.items() if len(rows) == len(updates)}
-    return Anatomy(found, gradients, updates, cosine, (updates / gradients).abs(), kept, lr, label)
+    plain = Anatomy(found, gradients, updates, cosine, (updates / gradients).abs(), kept, lr, label)
+    return plain if entry.own is None else plain._replace(own=(entry.own[0], entry.own[1](plain, settings)))
 
 
 class Updates(NamedTuple):
@@ -797,8 +832,8 @@ class Shampoo(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step; there is no closure."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no closure
+        """One step, from the gradients."""
         for group in self.param_groups:
             for weight in group["params"]:
                 way, row = weight.grad, self.state[weight]

@@ -385,10 +385,17 @@ def heatmap(found: Sweep, ax: Axes | None = None) -> Axes:
 
 
 def anatomy(found: Anatomy, axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Four panels over the steps: step sizes, direction, effective learning rates, state; a colour for a coordinate."""
-    axes = list(_figure((10.2, 6.2)).subplots(2, 2).flat) if axes is None else list(axes)
-    if len(axes) != 4:
-        raise ValueError(f"the anatomy has four panels, got {len(axes)} axes")
+    """Four panels over the steps: step sizes, direction, effective learning rates, state; a colour for a coordinate.
+
+    A fifth has the quantity of the method's own, if it has one: diffGrad its friction, AdaBelief its denominator, the
+    Dale classes their weights. It is left out where four axes are given.
+    """
+    if axes is None:
+        rows = ("01", "23", "44") if found.own else ("01", "23")
+        axes = list(_figure((10.2, 3.1 * len(rows))).subplot_mosaic("\n".join(rows)).values())
+    axes = list(axes)
+    if len(axes) != 4 and not (len(axes) == 5 and found.own):
+        raise ValueError(f"the anatomy has four panels{', or five' if found.own else ''}, got {len(axes)} axes")
     steps = np.arange(1, len(found.updates) + 1)
     dim = min(found.updates.shape[1], 8)
 
@@ -421,6 +428,15 @@ def anatomy(found: Anatomy, axes: Sequence[Axes] | None = None) -> list[Axes]:
     axes[2].text(
         1.0, found.lr, "lr ", fontsize=8, color=_INK, ha="right", va="bottom", transform=axes[2].get_yaxis_transform()
     )
+    if found.own and len(axes) == 5:
+        title, own = found.own
+        _plain(axes[4], title, "step")
+        for i in range(dim):
+            axes[4].plot(steps, own[:, i], **look(i + 2 if dim <= 2 else i).line(1.4))
+        if own.min() > 0 and own.max() > 30 * own.min():
+            axes[4].set_yscale("log")
+        elif own.min() < 0:
+            axes[4].axhline(0, color=_INK, lw=0.9)
     for ax in (axes[0], axes[2], axes[3]):
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(NullLocator())

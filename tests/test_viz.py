@@ -198,6 +198,40 @@ def test_the_anatomy_of_gradient_descent_is_its_learning_rate():
     assert trajectories.anatomy("quadratic", "adamw", lr=0.01, steps=10).states.keys() == {"exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize("variant", [0, 1, 2])
+def test_the_friction_in_the_anatomy_is_the_one_that_the_step_has(variant):
+    spec = (optimzoo.DiffGrad, dict(variant=variant))
+    found = trajectories.anatomy("beale", spec, lr=0.1, steps=12)
+    step, states = torch.arange(1.0, 13.0, dtype=torch.float64)[:, None], found.states
+    adam = states["exp_avg"] / (1 - 0.9**step) / ((states["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)
+    name, friction = found.own
+    assert name.startswith("Friction")
+    torch.testing.assert_close(-0.1 * friction * adam, found.updates, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_denominator_in_the_anatomy_is_the_one_that_the_step_has(amsgrad):
+    spec = (optimzoo.AdaBelief, dict(amsgrad=amsgrad, eps=1e-3, betas=(0.8, 0.9)))
+    found = trajectories.anatomy("beale", spec, lr=0.1, steps=12)
+    mean = found.states["exp_avg"] / (1 - 0.8 ** torch.arange(1.0, 13.0, dtype=torch.float64)[:, None])
+    torch.testing.assert_close(-0.1 * mean / found.own[1], found.updates, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dalesgd", "daleadamw"])
+def test_weights_in_the_anatomy_keep_their_signs_where_others_cross(name):
+    found = trajectories.anatomy("saddle", name, lr=0.25, steps=40)
+    assert (found.own[1] == found.points[1:]).all()
+    assert (found.own[1].sign() == torch.tensor([-1.0, 1.0])).all()
+    plain = trajectories.anatomy("saddle", "momentum", lr=0.25, steps=40)
+    assert plain.own is None
+    assert (plain.points[:, 0] > 0).any()
+    axes = viz.anatomy(found)
+    assert len(axes) == 5
+    np.testing.assert_array_equal(axes[4].lines[0].get_ydata(), found.own[1][:, 0].numpy())
+    with pytest.raises(ValueError, match="the anatomy has four panels, got 5 axes"):
+        viz.anatomy(plain, axes)
+
+
 def test_muon_equalises_singular_values_and_gradient_descent_keeps_them():
     names = ["sgd", "muon"] if hasattr(torch.optim, "Muon") else ["sgd"]
     found = trajectories.matrix_updates(names, (12, 8), steps=4, condition=5.0, tune=QUICK)
