@@ -67,10 +67,14 @@ class Method(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """Points (variants, starts, steps + 1, d), and what they cost in gradients (variants, starts, steps + 1)."""
+    """Points (variants, starts, steps + 1, d), and what they cost in gradients (variants, starts, steps + 1).
+
+    Of a method with particles also those of the first start (variants, steps + 1, particles, d), in float32.
+    """
 
     points: Tensor
     cost: Tensor
+    particles: Tensor | None = None
 
 
 Watch: TypeAlias = Callable[[Any, Tensor, Tensor], None]
@@ -232,20 +236,22 @@ def by_particles(
     watch: Watch | None = None,
 ) -> Paths:
     """Runs CBO: a swarm around each start, of which the consensus is recorded. It sees values, which have no noise."""
-    points, costs = [], []
+    points, costs, swarms = [], [], []
     for v, options in enumerate(variants):
         param = nn.Parameter(starts[0].clone())
         optimizer = method.make([param], **{"n_runs": len(starts), "seed": 0, **options})
         optimizer.particles[0].add_((starts - starts[0])[:, None])
-        path, cost = [starts.clone()], [0.0]
+        path, cost, swarm = [starts.clone()], [0.0], [optimizer.particles[0][0].float()]
         for _ in range(steps):
             optimizer.step(lambda stacked: it.value(stacked[0]), batched=True)
             path.append(optimizer.consensus[0].detach().clone())
             cost.append(cost[-1] + optimizer.energies.shape[-1] / 3)  # a value is a third of a gradient
+            swarm.append(optimizer.particles[0][0].float())
         points.append(torch.stack(path, 1))
         costs.append(torch.tensor(cost, dtype=torch.float64).expand(len(starts), -1))
+        swarms.append(torch.stack(swarm))
         progress(method.label, v + 1, len(variants))
-    return Paths(torch.stack(points), torch.stack(costs))
+    return Paths(torch.stack(points), torch.stack(costs), torch.stack(swarms))
 
 
 def _friction(found: Anatomy, options: Options) -> Tensor:
@@ -423,7 +429,9 @@ def _log_share(gap: Tensor) -> Tensor:
 class Run:
     """One method on a scene, at each learning rate of the grid: tensors (rates, starts, steps + 1[, d]).
 
-    ``chosen`` is the place of its learning rate in ``rates``; ``tuned`` says whether the rule chose it.
+    ``chosen`` is the place of its learning rate in ``rates``; ``tuned`` says whether the rule chose it. ``particles``
+    (steps + 1, particles, d) are those of the first start at the chosen rate, of a method that has them; its points are
+    the consensus that they have last moved towards.
     """
 
     name: str
@@ -437,6 +445,7 @@ class Run:
     chosen: int
     tuned: bool
     default_lr: float | None
+    particles: Tensor | None = None
 
     @property
     def lr(self) -> float:
@@ -470,7 +479,7 @@ class Trace:
         return (run.losses[run.chosen, : self.shown] - self.scene.least).clamp_min(1e-16)
 
     def record(self) -> dict[str, Any]:
-        """What is shown, as JSON has it; what is not finite is None."""
+        """What is shown, but for particles, as JSON has it; what is not finite is None."""
 
         def plain(value: Tensor) -> Any:
             if value.dim():
@@ -555,11 +564,12 @@ def trace(
     for name, (entry, given) in entries(methods, baselines).items():
         rates = sorted({*tune.rates, given} if given is not None else tune.rates)
         variants: list[Options] = [dict(lr=rate) for rate in rates]
-        points, cost = paths(it, entry, variants, every, steps, progress=progress)
+        points, cost, particles = paths(it, entry, variants, every, steps, progress=progress)
         losses, slopes = it.value(points), it.gradient(points).norm(dim=-1)
         scores = score(it, points[:, len(shown) :])
         chosen = int(scores.argmin()) if given is None else rates.index(given)
-        about = (scores.tolist(), chosen, given is None, entry.default_lr)
+        swarm = None if particles is None else particles[chosen].clone()
+        about = (scores.tolist(), chosen, given is None, entry.default_lr, swarm)
         runs.append(Run(name, entry.label, rates, points, cost, losses, slopes, *about))
     return Trace(it, runs, len(shown), tune)
 

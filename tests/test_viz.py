@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -68,7 +71,7 @@ def test_runs_that_are_stacked_are_those_of_a_loop(name):
     it, entry = scene("himmelblau"), METHODS[name]
     starts = torch.tensor([[1.0, 2.0], [-2.0, 0.5], [3.0, -3.0]], dtype=torch.float64)
     variants = [dict(lr=1e-3), dict(lr=0.03)]
-    found, cost = paths(it, name, variants, starts, 12)
+    found, cost, _ = paths(it, name, variants, starts, 12)
     for v, options in enumerate(variants):
         for i, start in enumerate(starts):
             expected = by_hand(entry.make, {**entry.options, **options}, it, start, 12)
@@ -88,7 +91,7 @@ def test_every_start_has_noise_of_its_own_and_every_rate_the_same():
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].drive is not None])
 def test_methods_with_closures_of_their_own_descend_and_count(name):
     it = scene("quadratic").stretched(0.1).shifted(0.5)  # condition 10
-    found, cost = paths(
+    found, cost, _ = paths(
         it, name, [dict(lr=0.15 if name == "sso" else 0.5)], it.start + torch.tensor([[0.0, 0.0], [0.3, 0.1]]), 25
     )
     losses = it.value(found)[0]
@@ -468,6 +471,83 @@ def test_files_of_a_race_can_be_read(beale, tmp_path, kind):
             assert np.abs(first - last).max() > 60  # something moved
 
 
+FAKE_FFMPEG = """#!{python}
+import json, os, sys
+if os.environ.get("FAIL"):
+    sys.exit("no such codec")
+frames = sys.stdin.buffer.read()
+open(sys.argv[-1].removeprefix("file:"), "w").write(json.dumps([sys.argv[1:], len(frames)]))
+"""
+
+
+@pytest.fixture
+def ffmpeg(tmp_path, monkeypatch):
+    """A program of that name, alone on PATH, which counts the bytes that it gets."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "ffmpeg"
+    program.write_text(FAKE_FFMPEG.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+@pytest.mark.usefixtures("ffmpeg")
+def test_a_film_is_what_ffmpeg_makes_of_the_frames(beale, tmp_path):
+    file = viz.race(beale, tmp_path / "race.mp4", frames=7, fps=3, dpi=40)
+    options, size = json.loads(file.read_text())
+    assert size == (7 + 2 * 3) * 408 * 200 * 3  # the last stays for two seconds
+    given = dict(itertools.pairwise(options))
+    assert (given["-s"], given["-r"], given["-pix_fmt"], given["-i"]) == ("408x200", "3", "yuv420p", "-")
+    assert options[-1] == f"file:{file}"
+
+
+@pytest.mark.usefixtures("ffmpeg")
+def test_a_failure_of_ffmpeg_is_told_in_its_words(beale, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(OSError, match=r"ffmpeg could not write '.*race.mp4', exit status 1: no such codec"):
+        viz.race(beale, tmp_path / "race.mp4", frames=7, fps=3, dpi=40)
+
+
+def test_without_ffmpeg_the_error_says_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = "nothing here writes '.mp4' files.*gif, webp, html; mp4 needs ffmpeg on PATH"
+    with pytest.raises(ValueError, match=message):
+        viz.check_file(tmp_path / "a.mp4", moving=True)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_a_film_by_ffmpeg_has_all_frames(beale, tmp_path):
+    file = viz.race(beale, tmp_path / "race.mp4", frames=7, fps=3, dpi=41)
+    told = subprocess.run(["ffmpeg", "-i", file, "-f", "null", "-"], check=True, capture_output=True, text=True).stderr
+    assert int(re.findall(r"frame=\s*(\d+)", told)[-1]) == 13
+
+
+def test_particles_are_those_of_the_chosen_rate_and_contract_to_what_is_shown(tmp_path):
+    tr = trace("saddle", ["cbo"], steps=30, tune=QUICK, baselines=())
+    (run,) = tr.runs
+    assert run.particles.shape == (31, 50, 2)
+    assert run.particles.dtype == torch.float32
+    optimizer = optimzoo.CBO(
+        [start := nn.Parameter(tr.scene.start.clone())], lr=run.lr, n_particles=50, n_runs=3, seed=0
+    )
+    optimizer.particles[0].add_((torch.cat([start[None], QUICK.around(tr.scene)]).detach() - start.detach())[:, None])
+    for step in range(31):
+        torch.testing.assert_close(run.particles[step], optimizer.particles[0][0].float(), msg=str(step))
+        optimizer.step(lambda stacked: tr.scene.value(stacked[0]), batched=True)
+    ax = viz.contour(tr)
+    swarms = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 50]
+    np.testing.assert_array_equal(swarms[0], run.particles[0].numpy())
+    spreads = [np.linalg.norm(swarm.std(0)) for swarm in swarms]
+    assert len(spreads) > 1
+    assert all(later < earlier for earlier, later in itertools.pairwise(spreads))
+    assert spreads[1] <= spreads[0] / 2
+    text = viz.race(tr, tmp_path / "race.html").read_text()
+    (method,) = json.loads(text.split('id="data">')[1].split("</script>")[0])["methods"]
+    packed = np.frombuffer(base64.b64decode(method["swarm"]), "<f4").reshape(31, 50, 2)
+    np.testing.assert_array_equal(packed, run.particles.numpy())
+    plain = viz.race(trace("saddle", ["cbo"], steps=1, tune=QUICK), tmp_path / "race.webp", frames=2, dpi=40)
+    assert plain.stat().st_size > 1000
+
+
 class Page(html.parser.HTMLParser):
     """What a page refers to, and whether its elements close."""
 
@@ -537,6 +617,15 @@ def test_the_player_plays(beale, tmp_path):
         assert "step 0" in page.locator(".tip").inner_text()
         page.get_by_role("button", name="Play").click()
         page.wait_for_function("document.getElementById('at').textContent !== 'step 12 of 40'")
+        for width, beside in ((390, False), (1200, True)):
+            page.set_viewport_size(dict(width=width, height=844))
+            box, strips = page.locator(".map").bounding_box(), page.locator(".strips").bounding_box()
+            assert (strips["y"] < box["y"] + box["height"]) is beside
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        ground = "getComputedStyle(document.querySelector('%s')).backgroundColor"
+        page.emulate_media(color_scheme="dark")
+        assert page.evaluate(ground % "body") != "rgb(255, 255, 255)"
+        assert page.evaluate(ground % ".strip") == "rgb(255, 255, 255)"  # black lines are seen on it
         assert errors == []
         browser.close()
 
@@ -592,7 +681,6 @@ def test_benchmark_files_are_drawn_as_they_are(tmp_path):
             "'betas.2' is no setting",
         ),
         (lambda: viz.contour(trace(scene("levy", 3), ["sgd"], steps=2, tune=QUICK)), "levy has 3; see viz.loss"),
-        (lambda: viz.check_file("a.mp4", moving=True), "nothing here writes '.mp4' files.*gif, webp, html"),
         (lambda: viz.check_file("a.html"), "nothing here writes '.html' files"),
         (lambda: viz.check_file("a"), "a file without an ending"),
         (lambda: viz.check_file("/nowhere/a.png"), "no folder '/nowhere'"),
