@@ -195,8 +195,9 @@ def by_surrogates(
     make: Callable[..., Any], options: Options, value: Value, param: Tensor, steps: int
 ) -> tuple[list[Tensor], list[float]]:
     """Runs SSO on a scene: the point itself is the target."""
-    # The surrogate's curvature is 1 / lr here, in every step. From 10, Armijo's default, 100 trials do not reach 1e-4.
-    usual = dict(inner=functools.partial(Armijo, lr=options["lr"], growth=1.0), nonfinite="skip")
+    # The surrogate's curvature is 1 / lr here, and Armijo's search ends at lr at most. From its default, 10, 100 trials
+    # do not reach 1e-4; at lr itself rounding decides.
+    usual = dict(inner=functools.partial(Armijo, lr=0.95 * options["lr"], growth=1.0), nonfinite="skip")
     optimizer, path, cost = make([param], **{**usual, **options}), [param.detach().clone()], [0.0]
 
     for step in range(steps):
