@@ -49,12 +49,15 @@ class Method(NamedTuple):
         make: the optimizer's class, or a function like it.
         options: beside the learning rate. None has weight decay: a scene's minimum is that of the loss alone.
         drive: what runs it; by default each step is given a gradient.
+        own: for :func:`anatomy`, a quantity that others do not have: its name, and what finds it (steps, d) from the
+            rest of the anatomy and the settings of the optimizer's group.
     """
 
     label: str
     make: Callable[..., Any]
     options: Options = {}  # noqa: RUF012  # never written to
     drive: Drive | None = None
+    own: tuple[str, Callable[[Anatomy, Options], Tensor]] | None = None
 
     @property
     def default_lr(self) -> float | None:
@@ -64,10 +67,14 @@ class Method(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """Points (variants, starts, steps + 1, d), and what they cost in gradients (variants, starts, steps + 1)."""
+    """Points (variants, starts, steps + 1, d), and what they cost in gradients (variants, starts, steps + 1).
+
+    Of a method with particles also those of the first start (variants, steps + 1, particles, d), in float32.
+    """
 
     points: Tensor
     cost: Tensor
+    particles: Tensor | None = None
 
 
 Watch: TypeAlias = Callable[[Any, Tensor, Tensor], None]
@@ -188,7 +195,10 @@ def by_surrogates(
     make: Callable[..., Any], options: Options, value: Value, param: Tensor, steps: int
 ) -> tuple[list[Tensor], list[float]]:
     """Runs SSO on a scene: the point itself is the target."""
-    optimizer, path, cost = make([param], **{"nonfinite": "skip", **options}), [param.detach().clone()], [0.0]
+    # The surrogate's curvature is 1 / lr here, and Armijo's search ends at lr at most. From its default, 10, 100 trials
+    # do not reach 1e-4; at lr itself rounding decides.
+    usual = dict(inner=functools.partial(Armijo, lr=0.95 * options["lr"], growth=1.0), nonfinite="skip")
+    optimizer, path, cost = make([param], **{**usual, **options}), [param.detach().clone()], [0.0]
 
     for step in range(steps):
         optimizer.step(lambda step=step: (param[None], lambda z: value(step, z[0])))
@@ -227,21 +237,44 @@ def by_particles(
     watch: Watch | None = None,
 ) -> Paths:
     """Runs CBO: a swarm around each start, of which the consensus is recorded. It sees values, which have no noise."""
-    points, costs = [], []
+    points, costs, swarms = [], [], []
     for v, options in enumerate(variants):
         param = nn.Parameter(starts[0].clone())
         optimizer = method.make([param], **{"n_runs": len(starts), "seed": 0, **options})
         optimizer.particles[0].add_((starts - starts[0])[:, None])
-        path, cost = [starts.clone()], [0.0]
+        path, cost, swarm = [starts.clone()], [0.0], [optimizer.particles[0][0].float()]
         for _ in range(steps):
             optimizer.step(lambda stacked: it.value(stacked[0]), batched=True)
             path.append(optimizer.consensus[0].detach().clone())
             cost.append(cost[-1] + optimizer.energies.shape[-1] / 3)  # a value is a third of a gradient
+            swarm.append(optimizer.particles[0][0].float())
         points.append(torch.stack(path, 1))
         costs.append(torch.tensor(cost, dtype=torch.float64).expand(len(starts), -1))
+        swarms.append(torch.stack(swarm))
         progress(method.label, v + 1, len(variants))
-    return Paths(torch.stack(points), torch.stack(costs))
+    return Paths(torch.stack(points), torch.stack(costs), torch.stack(swarms))
 
+
+def _friction(found: Anatomy, options: Options) -> Tensor:
+    after = found.states["previous_grad"]
+    change = torch.cat([torch.zeros_like(after[:1]), after[:-1]]) - after
+    if options["variant"] == 2:
+        return 9 * (change.abs() / 2).sigmoid() - 4
+    return (change if options["variant"] == 1 else change.abs()).sigmoid()
+
+
+def _denominator(found: Anatomy, options: Options) -> Tensor:
+    variance = found.states.get("max_exp_avg_var", found.states["exp_avg_var"])
+    step = torch.arange(1, len(variance) + 1, dtype=variance.dtype)[:, None]
+    root: Tensor = (variance / (1 - options["betas"][1] ** step)).sqrt() + options["eps"]
+    return root
+
+
+def _weights(found: Anatomy, options: Options) -> Tensor:
+    return found.points[1:]
+
+
+_SIGNED = "Weights, none of which changes its sign", _weights
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", torch.optim.SGD),
@@ -251,14 +284,19 @@ METHODS: dict[str, Method] = {
     "rmsprop": Method("RMSprop", torch.optim.RMSprop),
     "adagrad": Method("Adagrad", torch.optim.Adagrad),
     "lbfgs": Method("L-BFGS", torch.optim.LBFGS, dict(max_iter=1), by_closures),
-    "diffgrad": Method("diffGrad", optimzoo.DiffGrad),
-    "adabelief": Method("AdaBelief", optimzoo.AdaBelief, dict(rectify=False)),
+    "diffgrad": Method("diffGrad", optimzoo.DiffGrad, own=("Friction: what Adam's step is multiplied by", _friction)),
+    "adabelief": Method(
+        "AdaBelief",
+        optimzoo.AdaBelief,
+        dict(rectify=False),
+        own=("Denominator: how far gradients are from their mean", _denominator),
+    ),
     "adagradnorm": Method("AdaGradNorm", optimzoo.AdaGradNorm),
-    "dalesgd": Method("DaleSGD", optimzoo.DaleSGD),
-    "daleadamw": Method("DaleAdamW", optimzoo.DaleAdamW, dict(weight_decay=0.0)),
-    "dalelangevin": Method("DaleLangevin", optimzoo.DaleLangevin),
+    "dalesgd": Method("DaleSGD", optimzoo.DaleSGD, own=_SIGNED),
+    "daleadamw": Method("DaleAdamW", optimzoo.DaleAdamW, dict(weight_decay=0.0), own=_SIGNED),
+    "dalelangevin": Method("DaleLangevin", optimzoo.DaleLangevin, own=_SIGNED),
     "cbo": Method("CBO, 50 particles", optimzoo.CBO, dict(n_particles=50), by_particles),
-    "sso": Method("SSO", optimzoo.SSO, dict(inner=Armijo, inner_steps=2), by_surrogates),
+    "sso": Method("SSO", optimzoo.SSO, dict(inner_steps=2), by_surrogates),
     "lanczos": Method("SGD, LanczosLR", optimzoo.LanczosLR, {}, by_curvature),
 }
 """The methods that run on scenes. TPSGD is none: it needs layers and labels."""
@@ -297,7 +335,7 @@ def method(spec: str | Method | type | tuple[Any, Options]) -> Method:
         raise TypeError(f"an optimizer must be a name, a class or (class, options), got {spec!r}")
     known = next((entry for entry in METHODS.values() if entry.make is make), None)
     if known is not None:
-        return Method(known.label.partition(",")[0], make, {**known.options, **options}, known.drive)
+        return known._replace(label=known.label.partition(",")[0], options={**known.options, **options})
     step = getattr(make, "step", None)
     closure = inspect.signature(step).parameters.get("closure") if step else None
     needed = closure is not None and closure.default is inspect.Parameter.empty
@@ -392,7 +430,9 @@ def _log_share(gap: Tensor) -> Tensor:
 class Run:
     """One method on a scene, at each learning rate of the grid: tensors (rates, starts, steps + 1[, d]).
 
-    ``chosen`` is the place of its learning rate in ``rates``; ``tuned`` says whether the rule chose it.
+    ``chosen`` is the place of its learning rate in ``rates``; ``tuned`` says whether the rule chose it. ``particles``
+    (steps + 1, particles, d) are those of the first start at the chosen rate, of a method that has them; its points are
+    the consensus that they have last moved towards.
     """
 
     name: str
@@ -406,6 +446,7 @@ class Run:
     chosen: int
     tuned: bool
     default_lr: float | None
+    particles: Tensor | None = None
 
     @property
     def lr(self) -> float:
@@ -439,7 +480,7 @@ class Trace:
         return (run.losses[run.chosen, : self.shown] - self.scene.least).clamp_min(1e-16)
 
     def record(self) -> dict[str, Any]:
-        """What is shown, as JSON has it; what is not finite is None."""
+        """What is shown, but for particles, as JSON has it; what is not finite is None."""
 
         def plain(value: Tensor) -> Any:
             if value.dim():
@@ -524,11 +565,12 @@ def trace(
     for name, (entry, given) in entries(methods, baselines).items():
         rates = sorted({*tune.rates, given} if given is not None else tune.rates)
         variants: list[Options] = [dict(lr=rate) for rate in rates]
-        points, cost = paths(it, entry, variants, every, steps, progress=progress)
+        points, cost, particles = paths(it, entry, variants, every, steps, progress=progress)
         losses, slopes = it.value(points), it.gradient(points).norm(dim=-1)
         scores = score(it, points[:, len(shown) :])
         chosen = int(scores.argmin()) if given is None else rates.index(given)
-        about = (scores.tolist(), chosen, given is None, entry.default_lr)
+        swarm = None if particles is None else particles[chosen].clone()
+        about = (scores.tolist(), chosen, given is None, entry.default_lr, swarm)
         runs.append(Run(name, entry.label, rates, points, cost, losses, slopes, *about))
     return Trace(it, runs, len(shown), tune)
 
@@ -680,7 +722,8 @@ class Anatomy(NamedTuple):
     """One run step by step; per coordinate (steps, d), or (steps,).
 
     ``cosine`` is that of the step with the negative gradient, ``rates`` the step over the gradient: what learning rate
-    plain descent would have needed. ``states`` are those tensors of the state that have the parameter's shape.
+    plain descent would have needed. ``states`` are those tensors of the state that have the parameter's shape. ``own``
+    is the quantity that the method alone has, with its name, if its :class:`Method` names one.
     """
 
     points: Tensor
@@ -691,6 +734,7 @@ class Anatomy(NamedTuple):
     states: dict[str, Tensor]
     lr: float
     label: str
+    own: tuple[str, Tensor] | None = None
 
 
 def anatomy(
@@ -706,8 +750,10 @@ def anatomy(
     it = scene(it) if isinstance(it, str) else it
     lr = tuned_rate(it, spec, steps, tune, progress) if lr is None else lr
     states: dict[str, list[Tensor]] = {}
+    settings: Options = {}
 
     def watch(optimizer: Any, param: Tensor, slope: Tensor) -> None:
+        settings.update(optimizer.param_groups[0])
         for name, value in optimizer.state.get(param, {}).items():
             if isinstance(value, Tensor) and value.shape == param.shape:
                 states.setdefault(name, []).append(value.detach().double().reshape(-1).clone())
@@ -715,11 +761,13 @@ def anatomy(
     found = paths(it, spec, [dict(lr=lr)], steps=steps, progress=progress, watch=watch).points[0, 0]
     before, updates = found[:-1], found.diff(dim=0)
     gradients = torch.stack([it.gradient(p[None], t)[0] for t, p in enumerate(before)])
-    label = f"{method(spec).label} on {it.name}"
+    entry = method(spec)
+    label = f"{entry.label} on {it.name}"
     lengths = updates.norm(dim=1) * gradients.norm(dim=1)
     cosine = -(updates * gradients).sum(1) / lengths
     kept = {name: torch.stack(rows) for name, rows in states.items() if len(rows) == len(updates)}
-    return Anatomy(found, gradients, updates, cosine, (updates / gradients).abs(), kept, lr, label)
+    plain = Anatomy(found, gradients, updates, cosine, (updates / gradients).abs(), kept, lr, label)
+    return plain if entry.own is None else plain._replace(own=(entry.own[0], entry.own[1](plain, settings)))
 
 
 class Updates(NamedTuple):
@@ -732,7 +780,7 @@ class Updates(NamedTuple):
 
 
 def matrix_updates(
-    methods: Sequence[Any] = ("momentum", "adamw", "diffgrad", "adabelief", "muon"),
+    methods: Sequence[Any] = ("momentum", "adamw", "diffgrad", "adabelief", "muon", "shampoo"),
     shape: tuple[int, int] = (24, 16),
     *,
     steps: int = 60,
@@ -745,7 +793,7 @@ def matrix_updates(
 
     The loss is half the squared distance of A W to A W*, per row, with A of the given condition. All methods have the
     same grid of learning rates; the rate is chosen whose mean logarithm of the loss is lowest. ``"muon"`` is
-    ``torch.optim.Muon``.
+    ``torch.optim.Muon``, ``"shampoo"`` :class:`Shampoo`.
     """
     rows, columns = shape
     draw = torch.Generator().manual_seed(seed)
@@ -758,7 +806,7 @@ def matrix_updates(
     wanted, found = gaussian(rows, columns), []
     rates = (tune or Tune()).rates
     for done, spec in enumerate(methods):
-        entry = _muon() if spec == "muon" else method(spec)
+        entry = _of_matrices(spec) or method(spec)
         if entry.drive is not None:
             raise ValueError(f"{entry.label} does not step from a gradient")
         tried = []
@@ -782,11 +830,45 @@ def matrix_updates(
     return found
 
 
-def _muon() -> Method:
-    make = getattr(torch.optim, "Muon", None)
-    if make is None:
+class Shampoo(torch.optim.Optimizer):
+    r"""Shampoo's step for matrices, to draw it beside others: no momentum, no blocks, every root anew.
+
+    .. math::
+        L_t = L_{t-1} + G G^T, \quad R_t = R_{t-1} + G^T G, \quad W_t = W_{t-1} - \gamma L_t^{-1/4} G R_t^{-1/4}
+
+    with :math:`L_0 = R_0 = \epsilon I` (Gupta et al., 2018, https://arxiv.org/abs/1802.09568).
+    """
+
+    def __init__(self, params: Any, lr: float = 0.1, eps: float = 1e-6) -> None:
+        super().__init__(params, dict(lr=lr, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no closure
+        """One step, from the gradients."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                way, row = weight.grad, self.state[weight]
+                for name, gram in (("left", way @ way.mT), ("right", way.mT @ way)):
+                    row[name] = row.get(name, group["eps"] * torch.eye(len(gram)).to(gram)) + gram
+                weight -= group["lr"] * _fourth_root(row["left"]) @ way @ _fourth_root(row["right"])
+
+
+def _fourth_root(gram: Tensor) -> Tensor:
+    """The inverse of it."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = vectors * values.clamp_min(1e-300) ** -0.25 @ vectors.mT
+    return root
+
+
+def _of_matrices(spec: Any) -> Method | None:
+    """The method, if it is one for matrices alone."""
+    if spec == "shampoo":
+        return Method("Shampoo", Shampoo)
+    if spec != "muon":
+        return None
+    if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"this torch, {torch.__version__}, has no Muon; torch 2.9 or later has one")
-    return Method("Muon", make, dict(weight_decay=0.0))
+    return Method("Muon", torch.optim.Muon, dict(weight_decay=0.0))
 
 
 # Networks

@@ -14,11 +14,13 @@ import html as html_text
 import io
 import json
 import math
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -211,7 +213,11 @@ def _start(ax: Axes, it: Scene, points: Tensor) -> None:
 
 
 def contour(tr: Trace, ax: Axes | None = None) -> Axes:
-    """Paths over the landscape: a ring at the start, a dot each tenth of the run, the mark of the method at the end."""
+    """Paths over the landscape: a ring at the start, a dot each tenth of the run, the mark of the method at the end.
+
+    Of a method with particles these are drawn at the start, and, darker each time, where their spread has fallen to a
+    half, an eighth and so on.
+    """
     steps = tr.runs[0].points.shape[2] - 1
     ax = landscape(tr.scene, ax, steps=steps)
     for index, run in enumerate(tr.runs):
@@ -230,8 +236,26 @@ def contour(tr: Trace, ax: Axes | None = None) -> Axes:
                 ax.plot(*line[-1], clip_on=tr.scene.dim == 2, **mark)
             if k == 0:
                 ax.plot([], [], **style.line(2.0), marker=style.mark, ms=7, mec="white", label=_named(run))
+        for k, swarm in enumerate(_contracting(run.particles)):
+            _swarm(ax, style, 0.4 + 0.2 * k).set_data(*swarm.T)
     _start(ax, tr.scene, tr.path(tr.runs[0]))
     return ax
+
+
+def _contracting(particles: Tensor | None) -> list[Tensor]:
+    """Of the particles (steps + 1, particles, d) those at the start, and when their spread falls to 1/2, 1/8, 1/32."""
+    if particles is None or particles.shape[-1] != 2:
+        return []
+    spread = particles.std(1).norm(dim=-1)
+    falls = {int((spread <= share * spread[0]).int().argmax()) for share in (1 / 2, 1 / 8, 1 / 32)}  # 0: it does not
+    return [particles[step] for step in sorted({0, *falls})]
+
+
+def _swarm(ax: Axes, style: Look, alpha: float, **options: Any) -> Line2D:
+    """A line for particles: dots in the colour of the method, under all paths."""
+    (line,) = ax.plot([], [], ls="", marker="o", ms=5, mfc=style.colour, mec="white", mew=0.5, alpha=alpha, zorder=3,
+                      **options)  # fmt: skip
+    return line
 
 
 def loss(tr: Trace, ax: Axes | None = None) -> Axes:
@@ -385,10 +409,17 @@ def heatmap(found: Sweep, ax: Axes | None = None) -> Axes:
 
 
 def anatomy(found: Anatomy, axes: Sequence[Axes] | None = None) -> list[Axes]:
-    """Four panels over the steps: step sizes, direction, effective learning rates, state; a colour for a coordinate."""
-    axes = list(_figure((10.2, 6.2)).subplots(2, 2).flat) if axes is None else list(axes)
-    if len(axes) != 4:
-        raise ValueError(f"the anatomy has four panels, got {len(axes)} axes")
+    """Four panels over the steps: step sizes, direction, effective learning rates, state; a colour for a coordinate.
+
+    A fifth has the quantity of the method's own, if it has one: diffGrad its friction, AdaBelief its denominator, the
+    Dale classes their weights. It is left out where four axes are given.
+    """
+    if axes is None:
+        rows = ("01", "23", "44") if found.own else ("01", "23")
+        axes = list(_figure((10.2, 3.1 * len(rows))).subplot_mosaic("\n".join(rows)).values())
+    axes = list(axes)
+    if len(axes) != 4 and not (len(axes) == 5 and found.own):
+        raise ValueError(f"the anatomy has four panels{', or five' if found.own else ''}, got {len(axes)} axes")
     steps = np.arange(1, len(found.updates) + 1)
     dim = min(found.updates.shape[1], 8)
 
@@ -421,6 +452,15 @@ def anatomy(found: Anatomy, axes: Sequence[Axes] | None = None) -> list[Axes]:
     axes[2].text(
         1.0, found.lr, "lr ", fontsize=8, color=_INK, ha="right", va="bottom", transform=axes[2].get_yaxis_transform()
     )
+    if found.own and len(axes) == 5:
+        title, own = found.own
+        _plain(axes[4], title, "step")
+        for i in range(dim):
+            axes[4].plot(steps, own[:, i], **look(i + 2 if dim <= 2 else i).line(1.4))
+        if own.min() > 0 and own.max() > 30 * own.min():
+            axes[4].set_yscale("log")
+        elif own.min() < 0:
+            axes[4].axhline(0, color=_INK, lw=0.9)
     for ax in (axes[0], axes[2], axes[3]):
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(NullLocator())
@@ -563,7 +603,8 @@ def _writers(moving: bool) -> list[str]:
     if not moving:
         return known
     still = [name for name in known if name not in ("gif", "webp")]
-    return [*still, "gif", *(["webp"] if features.check("webp") else []), "html"]
+    films = [*(["webp"] if features.check("webp") else []), *(["mp4"] if shutil.which("ffmpeg") else [])]
+    return [*still, "gif", *films, "html"]
 
 
 def check_file(file: str | Path, moving: bool = False) -> Path:
@@ -571,8 +612,9 @@ def check_file(file: str | Path, moving: bool = False) -> Path:
     path = Path(file)
     kind, known = path.suffix.lstrip(".").lower(), _writers(moving)
     if kind not in known:
+        needs = "; mp4 needs ffmpeg on PATH" if moving and kind == "mp4" else ""
         raise ValueError(f"nothing here writes {path.suffix or 'a file without an ending'!r} files, got {str(path)!r}; "
-                         f"there is {', '.join(known)}")  # fmt: skip
+                         f"there is {', '.join(known)}{needs}")  # fmt: skip
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
     return path
@@ -598,7 +640,7 @@ def race(
     dpi: int = 96,
     progress: Progress = silent,
 ) -> Path:
-    """Write a race: an animation (``.gif``, ``.webp``), a player (``.html``), or a still picture.
+    """Write a race: an animation (``.gif``, ``.webp``, ``.mp4``), a player (``.html``), or a still picture.
 
     Args:
         tr: the runs.
@@ -607,13 +649,17 @@ def race(
         frames: at most so many, evenly over the steps; the last stays for two seconds.
         dpi: pixels an inch; the picture has 10.2 by 5 inches.
         progress: told about it.
+
+    Raises:
+        ValueError: a kind of file that nothing here writes; ``.mp4`` needs ``ffmpeg`` on ``PATH``.
+        OSError: the file cannot be written, or ffmpeg fails; its own words are in the message.
     """
     path = check_file(file, moving=True)
     kind = path.suffix.lower()
     if kind == ".html":
         path.write_text(player(tr), encoding="utf-8")
         return path
-    if kind not in (".gif", ".webp"):
+    if kind not in (".gif", ".webp", ".mp4"):
         return save(figure(tr), path, dpi)
     for name, value in (("fps", fps), ("frames", frames), ("dpi", dpi)):
         trajectories.whole(name, value)
@@ -621,6 +667,9 @@ def race(
     for done, picture in enumerate(_moving(tr, frames, dpi), 1):
         pictures.append(picture)
         progress("frames", done, frames)
+    if kind == ".mp4":
+        _film([*pictures, *pictures[-1:] * (2 * fps)], path, fps)
+        return path
     last = [round(1000 / fps)] * (len(pictures) - 1) + [2000]
     if kind == ".gif":
         palette = pictures[-1].quantize(128, dither=Image.Dither.NONE)
@@ -630,6 +679,22 @@ def race(
         options = dict(quality=72, method=2, minimize_size=False)
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=last, loop=0, **options)
     return path
+
+
+def _film(pictures: Sequence[Image.Image], path: Path, fps: int) -> None:
+    """Write an MP4 by ffmpeg. Its usual codecs want even sides, and players this format of pixels."""
+    width, height = pictures[0].size
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    kept = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+    command = ["ffmpeg", "-loglevel", "error", "-y", *raw, *kept, f"file:{path}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+        stream: Any = ffmpeg.stdin
+        with suppress(BrokenPipeError):  # it has ended, and says why
+            for picture in pictures:
+                stream.write(picture.tobytes())
+        said = ffmpeg.communicate()[1].decode(errors="replace").strip()
+    if ffmpeg.returncode:
+        raise OSError(f"ffmpeg could not write {str(path)!r}, exit status {ffmpeg.returncode}: {said}")
 
 
 def _moving(tr: Trace, frames: int, dpi: int) -> Iterator[Image.Image]:
@@ -649,6 +714,8 @@ def _moving(tr: Trace, frames: int, dpi: int) -> Iterator[Image.Image]:
     for line in list(right.lines):
         line.set_alpha(0.13)
     moving: list[tuple[Line2D, Line2D, Points]] = []
+    swarms = [(_swarm(left, look(i), 0.55, animated=True), run.particles) for i, run in enumerate(tr.runs)
+              if run.particles is not None and tr.scene.dim == 2]  # fmt: skip
     for index, run in enumerate(tr.runs):
         style = look(index)
         gap = tr.gap(run)[0].nan_to_num(math.inf).clamp_min(max(1e-14, 1e-13 * abs(tr.scene.least)))
@@ -667,6 +734,9 @@ def _moving(tr: Trace, frames: int, dpi: int) -> Iterator[Image.Image]:
     ground = canvas.copy_from_bbox(made.bbox)
     for step in sorted({round(k * steps / max(1, frames - 1)) for k in range(frames)}) if frames > 1 else [steps]:
         canvas.restore_region(ground)
+        for dots, swarm in swarms:
+            dots.set_data(*swarm[step].T)
+            left.draw_artist(dots)
         for line, head, points in moving:
             line.set_data(*points[: step + 1].T)
             head.set_data(*points[min(step, len(points) - 1)][:, None])
@@ -716,6 +786,7 @@ def player(tr: Trace) -> str:
                 chosen=run.chosen, tuned=run.tuned, initial=run.default_lr, scores=run.scores,
                 points=_packed(points), gap=_packed(run.losses[:, 0] - it.least), slope=_packed(run.slopes[:, 0]),
                 cost=_packed(run.cost[:, 0]),
+                swarm="" if run.particles is None or it.dim == 1 else _packed(run.particles),
             )
         )  # fmt: skip
     data = dict(
@@ -878,7 +949,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--y", type=_axis, default="betas.0:0:0.99:25", help="setting:low:high:count")
     one = command("anatomy", "what each step does, coordinate by coordinate", False, "diffgrad", "anatomy.png")
     one.add_argument("--lr", type=float)
-    several = "momentum,adamw,diffgrad,adabelief,muon"
+    several = "momentum,adamw,diffgrad,adabelief,muon,shampoo"
     command("matrix", "what optimizers make of a matrix's gradient", True, several, "matrix.png")
     one = command("runs", "a benchmark's runs", False, "", "runs.png")
     one.add_argument("file", help="runs.jsonl, or its folder")

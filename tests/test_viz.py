@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -67,7 +71,7 @@ def test_runs_that_are_stacked_are_those_of_a_loop(name):
     it, entry = scene("himmelblau"), METHODS[name]
     starts = torch.tensor([[1.0, 2.0], [-2.0, 0.5], [3.0, -3.0]], dtype=torch.float64)
     variants = [dict(lr=1e-3), dict(lr=0.03)]
-    found, cost = paths(it, name, variants, starts, 12)
+    found, cost, _ = paths(it, name, variants, starts, 12)
     for v, options in enumerate(variants):
         for i, start in enumerate(starts):
             expected = by_hand(entry.make, {**entry.options, **options}, it, start, 12)
@@ -87,7 +91,7 @@ def test_every_start_has_noise_of_its_own_and_every_rate_the_same():
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].drive is not None])
 def test_methods_with_closures_of_their_own_descend_and_count(name):
     it = scene("quadratic").stretched(0.1).shifted(0.5)  # condition 10
-    found, cost = paths(
+    found, cost, _ = paths(
         it, name, [dict(lr=0.15 if name == "sso" else 0.5)], it.start + torch.tensor([[0.0, 0.0], [0.3, 0.1]]), 25
     )
     losses = it.value(found)[0]
@@ -95,6 +99,13 @@ def test_methods_with_closures_of_their_own_descend_and_count(name):
     assert (losses[:, -1] < 0.05 * losses[:, 0]).all()
     assert (cost.diff(dim=-1) > 0).all()
     assert (found[0, 0, 0] == it.start).all()
+
+
+def test_sso_is_about_gradient_descent_where_the_point_is_the_target():
+    it, variants = scene("beale"), [dict(lr=1e-5), dict(lr=1e-4), dict(lr=1e-3)]
+    found, plain = (paths(it, name, variants, steps=5).points for name in ("sso", "sgd"))
+    moved = (plain - plain[:, :, :1]).norm(dim=-1)[:, 0, -1]
+    assert ((found - plain).norm(dim=-1)[:, 0, -1] < 0.05 * moved).all()  # at the small rates as well
 
 
 def test_a_run_that_diverges_disturbs_no_other():
@@ -190,12 +201,66 @@ def test_the_anatomy_of_gradient_descent_is_its_learning_rate():
     assert trajectories.anatomy("quadratic", "adamw", lr=0.01, steps=10).states.keys() == {"exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize("variant", [0, 1, 2])
+def test_the_friction_in_the_anatomy_is_the_one_that_the_step_has(variant):
+    spec = (optimzoo.DiffGrad, dict(variant=variant))
+    found = trajectories.anatomy("beale", spec, lr=0.1, steps=12)
+    step, states = torch.arange(1.0, 13.0, dtype=torch.float64)[:, None], found.states
+    adam = states["exp_avg"] / (1 - 0.9**step) / ((states["exp_avg_sq"] / (1 - 0.999**step)).sqrt() + 1e-8)
+    name, friction = found.own
+    assert name.startswith("Friction")
+    torch.testing.assert_close(-0.1 * friction * adam, found.updates, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_denominator_in_the_anatomy_is_the_one_that_the_step_has(amsgrad):
+    spec = (optimzoo.AdaBelief, dict(amsgrad=amsgrad, eps=1e-3, betas=(0.8, 0.9)))
+    found = trajectories.anatomy("beale", spec, lr=0.1, steps=12)
+    mean = found.states["exp_avg"] / (1 - 0.8 ** torch.arange(1.0, 13.0, dtype=torch.float64)[:, None])
+    torch.testing.assert_close(-0.1 * mean / found.own[1], found.updates, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dalesgd", "daleadamw"])
+def test_weights_in_the_anatomy_keep_their_signs_where_others_cross(name):
+    found = trajectories.anatomy("saddle", name, lr=0.25, steps=40)
+    assert (found.own[1] == found.points[1:]).all()
+    assert (found.own[1].sign() == torch.tensor([-1.0, 1.0])).all()
+    plain = trajectories.anatomy("saddle", "momentum", lr=0.25, steps=40)
+    assert plain.own is None
+    assert (plain.points[:, 0] > 0).any()
+    axes = viz.anatomy(found)
+    assert len(axes) == 5
+    np.testing.assert_array_equal(axes[4].lines[0].get_ydata(), found.own[1][:, 0].numpy())
+    with pytest.raises(ValueError, match="the anatomy has four panels, got 5 axes"):
+        viz.anatomy(plain, axes)
+
+
 def test_muon_equalises_singular_values_and_gradient_descent_keeps_them():
     names = ["sgd", "muon"] if hasattr(torch.optim, "Muon") else ["sgd"]
     found = trajectories.matrix_updates(names, (12, 8), steps=4, condition=5.0, tune=QUICK)
     flat = {each.label: float(each.values[0, -1] / each.values[0, 0]) for each in found}
     assert flat["SGD"] < 0.15
     assert flat.get("Muon", 1.0) > 0.5
+
+
+def test_shampoo_equalises_the_first_update_and_then_divides_by_all_that_it_has_seen():
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5, 3, dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.float64))
+    optimizer = trajectories.Shampoo([weight], lr=0.5, eps=1e-12)
+    weight.grad = first
+    optimizer.step()
+    torch.testing.assert_close(torch.linalg.svdvals(weight.detach()), torch.full((3,), 0.5, dtype=torch.float64))
+    before, weight.grad = weight.detach().clone(), second
+    optimizer.step()
+    left, right = (first @ first.mT + second @ second.mT).numpy(), (first.mT @ first + second.mT @ second).numpy()
+    right_root = np.linalg.inv(scipy.linalg.sqrtm(scipy.linalg.sqrtm(right)))
+    values, vectors = np.linalg.eigh(left + 1e-12 * np.eye(5))
+    expected = -0.5 * (vectors * values**-0.25) @ vectors.T @ second.numpy() @ right_root
+    np.testing.assert_allclose((weight.detach() - before).numpy(), expected, rtol=1e-6, atol=1e-9)
+    (found,) = trajectories.matrix_updates(["shampoo"], (4, 3), steps=3, tune=QUICK)
+    assert found.label == "Shampoo"
+    assert float(found.losses[-1]) < float(found.losses[0])
 
 
 # Networks
@@ -406,6 +471,83 @@ def test_files_of_a_race_can_be_read(beale, tmp_path, kind):
             assert np.abs(first - last).max() > 60  # something moved
 
 
+FAKE_FFMPEG = """#!{python}
+import json, os, sys
+if os.environ.get("FAIL"):
+    sys.exit("no such codec")
+frames = sys.stdin.buffer.read()
+open(sys.argv[-1].removeprefix("file:"), "w").write(json.dumps([sys.argv[1:], len(frames)]))
+"""
+
+
+@pytest.fixture
+def ffmpeg(tmp_path, monkeypatch):
+    """A program of that name, alone on PATH, which counts the bytes that it gets."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "ffmpeg"
+    program.write_text(FAKE_FFMPEG.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+
+@pytest.mark.usefixtures("ffmpeg")
+def test_a_film_is_what_ffmpeg_makes_of_the_frames(beale, tmp_path):
+    file = viz.race(beale, tmp_path / "race.mp4", frames=7, fps=3, dpi=40)
+    options, size = json.loads(file.read_text())
+    assert size == (7 + 2 * 3) * 408 * 200 * 3  # the last stays for two seconds
+    given = dict(itertools.pairwise(options))
+    assert (given["-s"], given["-r"], given["-pix_fmt"], given["-i"]) == ("408x200", "3", "yuv420p", "-")
+    assert options[-1] == f"file:{file}"
+
+
+@pytest.mark.usefixtures("ffmpeg")
+def test_a_failure_of_ffmpeg_is_told_in_its_words(beale, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(OSError, match=r"ffmpeg could not write '.*race.mp4', exit status 1: no such codec"):
+        viz.race(beale, tmp_path / "race.mp4", frames=7, fps=3, dpi=40)
+
+
+def test_without_ffmpeg_the_error_says_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = "nothing here writes '.mp4' files.*gif, webp, html; mp4 needs ffmpeg on PATH"
+    with pytest.raises(ValueError, match=message):
+        viz.check_file(tmp_path / "a.mp4", moving=True)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_a_film_by_ffmpeg_has_all_frames(beale, tmp_path):
+    file = viz.race(beale, tmp_path / "race.mp4", frames=7, fps=3, dpi=41)
+    told = subprocess.run(["ffmpeg", "-i", file, "-f", "null", "-"], check=True, capture_output=True, text=True).stderr
+    assert int(re.findall(r"frame=\s*(\d+)", told)[-1]) == 13
+
+
+def test_particles_are_those_of_the_chosen_rate_and_contract_to_what_is_shown(tmp_path):
+    tr = trace("saddle", ["cbo"], steps=30, tune=QUICK, baselines=())
+    (run,) = tr.runs
+    assert run.particles.shape == (31, 50, 2)
+    assert run.particles.dtype == torch.float32
+    optimizer = optimzoo.CBO(
+        [start := nn.Parameter(tr.scene.start.clone())], lr=run.lr, n_particles=50, n_runs=3, seed=0
+    )
+    optimizer.particles[0].add_((torch.cat([start[None], QUICK.around(tr.scene)]).detach() - start.detach())[:, None])
+    for step in range(31):
+        torch.testing.assert_close(run.particles[step], optimizer.particles[0][0].float(), msg=str(step))
+        optimizer.step(lambda stacked: tr.scene.value(stacked[0]), batched=True)
+    ax = viz.contour(tr)
+    swarms = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 50]
+    np.testing.assert_array_equal(swarms[0], run.particles[0].numpy())
+    spreads = [np.linalg.norm(swarm.std(0)) for swarm in swarms]
+    assert len(spreads) > 1
+    assert all(later < earlier for earlier, later in itertools.pairwise(spreads))
+    assert spreads[1] <= spreads[0] / 2
+    text = viz.race(tr, tmp_path / "race.html").read_text()
+    (method,) = json.loads(text.split('id="data">')[1].split("</script>")[0])["methods"]
+    packed = np.frombuffer(base64.b64decode(method["swarm"]), "<f4").reshape(31, 50, 2)
+    np.testing.assert_array_equal(packed, run.particles.numpy())
+    plain = viz.race(trace("saddle", ["cbo"], steps=1, tune=QUICK), tmp_path / "race.webp", frames=2, dpi=40)
+    assert plain.stat().st_size > 1000
+
+
 class Page(html.parser.HTMLParser):
     """What a page refers to, and whether its elements close."""
 
@@ -475,6 +617,15 @@ def test_the_player_plays(beale, tmp_path):
         assert "step 0" in page.locator(".tip").inner_text()
         page.get_by_role("button", name="Play").click()
         page.wait_for_function("document.getElementById('at').textContent !== 'step 12 of 40'")
+        for width, beside in ((390, False), (1200, True)):
+            page.set_viewport_size(dict(width=width, height=844))
+            box, strips = page.locator(".map").bounding_box(), page.locator(".strips").bounding_box()
+            assert (strips["y"] < box["y"] + box["height"]) is beside
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        ground = "getComputedStyle(document.querySelector('%s')).backgroundColor"
+        page.emulate_media(color_scheme="dark")
+        assert page.evaluate(ground % "body") != "rgb(255, 255, 255)"
+        assert page.evaluate(ground % ".strip") == "rgb(255, 255, 255)"  # black lines are seen on it
         assert errors == []
         browser.close()
 
@@ -530,7 +681,6 @@ def test_benchmark_files_are_drawn_as_they_are(tmp_path):
             "'betas.2' is no setting",
         ),
         (lambda: viz.contour(trace(scene("levy", 3), ["sgd"], steps=2, tune=QUICK)), "levy has 3; see viz.loss"),
-        (lambda: viz.check_file("a.mp4", moving=True), "nothing here writes '.mp4' files.*gif, webp, html"),
         (lambda: viz.check_file("a.html"), "nothing here writes '.html' files"),
         (lambda: viz.check_file("a"), "a file without an ending"),
         (lambda: viz.check_file("/nowhere/a.png"), "no folder '/nowhere'"),
