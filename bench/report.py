@@ -588,7 +588,11 @@ def caption(table: Table) -> str:
     return f"{what[0].upper()}{what[1:]}{unit}{better}, n = {n} seeds{error}; target {target}{note}"
 
 
-MARKS = {"better": " ▲", "worse": " ▼", "tie": " ="}  # beside a median, what the difference to the baseline shows
+MARKS = {
+    "better": "\u00a0▲",
+    "worse": "\u00a0▼",
+    "tie": "\u00a0=",
+}  # beside a median, what the difference to the baseline shows
 
 
 def glance(results: Results) -> list[list[str]]:
@@ -601,7 +605,7 @@ def glance(results: Results) -> list[list[str]]:
             if row is None or row.sample is None:
                 cells.append(NOTHING)
                 continue
-            failed = f" ({row.failed}/{len(row.finals)} failed)" if row.failed else ""
+            failed = f", {row.failed}\u00a0✗" if row.failed else ""
             cells.append(table.show(row.sample.median) + MARKS.get(table.verdict(row), "") + failed)
         lines.append(cells)
     return lines
@@ -672,15 +676,16 @@ def to_markdown(results: Results) -> str:
     """The tables as Markdown; before them, where there are several, the medians at a glance."""
     blocks = []
     if len(results.tables) > 1:
+        n = max(len(row.finals) for table in results.tables for row in table.rows)
         heads = ["method"]
         for table in results.tables:
-            n = max((len(row.finals) for row in table.rows), default=0)
             unit = "" if table.spec.metric == "log_gap" else f", {table.unit}"
-            heads.append(f"{table.spec.name}{unit}{' (saturated)' if table.saturated else ''}, n = {n}")
+            heads.append(f"{table.spec.name}{' (saturated)' if table.saturated else ''}{unit}")
         rows = [heads, ["---", *["--:"] * len(results.tables)], *glance(results)]
         blocks.append(
-            f"**At a glance**. Medians of the final runs; ▲ better, ▼ worse than {results.baseline}, = neither, by the"
-            " interval of the differences seed by seed\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            f"**At a glance**. Medians of n = {n} final runs; ▲ better, ▼ worse than {results.baseline}, = neither, by"
+            " the interval of the differences seed by seed; ✗ runs that failed\n\n"
+            + "\n".join(f"| {' | '.join(row)} |" for row in rows)
         )
     for table in results.tables:
         rows = [COLUMNS, ["---"] * len(COLUMNS), *tabulate(table)]

@@ -122,7 +122,7 @@ def test_the_tables_at_a_glance_mark_what_the_differences_show(tmp_path: Path) -
 
     fill(store, ["fm14", "digits-mlp"], ["adamw", "sgd"], Protocol("one-shot", seeds=8), lost)
     adamw, sgd = glance(Results(store))
-    assert sgd[1] == "10.0 ▼ (6/8 failed)"
+    assert sgd[1] == "10.0\u00a0▼, 6\u00a0✗"
     assert not set("▲▼=") & set(adamw[1] + adamw[2] + sgd[2])  # neither the baseline nor a saturated task
     assert to_markdown(Results(store)).startswith("**At a glance**")
 
