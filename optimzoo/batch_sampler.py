@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from optimzoo.optimizer import check_int
+
 _HAS_DISTRIBUTED = torch.distributed.is_available()
 if _HAS_DISTRIBUTED:
     import torch.distributed as dist
@@ -126,8 +128,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         check_int("max_batch_size", self.max_batch_size, self.num_replicas, self.length)
         self.max_micro_batch_size = max_micro_batch_size
         if max_micro_batch_size is not None:
-            check_int("max_micro_batch_size", max_micro_batch_size, 1, math.inf)
-        check_int("min_accumulation_steps", min_accumulation_steps, 1, math.inf)
+            check_int("max_micro_batch_size", max_micro_batch_size, 1)
+        check_int("min_accumulation_steps", min_accumulation_steps, 1)
         self.min_accumulation_steps = min_accumulation_steps
         self.batch_size = batch_size
         self.shuffle, self.drop_last = shuffle, drop_last
@@ -264,7 +266,7 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
         Args:
             epoch: an int >= 0.
         """
-        check_int("epoch", epoch, 0, math.inf)
+        check_int("epoch", epoch, 0)
         if epoch != self.epoch:
             self.epoch, self.position, self._at, self._yielded, self._handed = epoch, 0, 0, 0, 0
             self._drawn, self._planned = deque(), deque()
@@ -296,8 +298,8 @@ class AdaptiveBatchSampler(Sampler[list[int]]):
             raise ValueError(f"planned must be a list of batch sizes, got {planned!r}")
         for size in (state_dict["batch_size"], *planned):
             self._check_size(size)
-        check_int("seed", state_dict["seed"], -math.inf, math.inf)
-        check_int("epoch", state_dict["epoch"], 0, math.inf)
+        check_int("seed", state_dict["seed"], -math.inf)
+        check_int("epoch", state_dict["epoch"], 0)
         check_int("position", state_dict["position"], 0, self.length)
         self.batch_size = state_dict["batch_size"]
         self.seed, self.epoch, self.position = (state_dict[name] for name in ("seed", "epoch", "position"))
@@ -315,10 +317,3 @@ def check_entries(state_dict: dict[str, Any], names: Iterable[str]) -> None:
     """Raise unless a state dict has all of these."""
     if missing := [name for name in names if name not in state_dict]:
         raise ValueError(f"state_dict lacks {', '.join(missing)}")
-
-
-def check_int(name: str, value: Any, low: float, high: float) -> None:
-    """Raise unless a value is an int from ``low`` to ``high``, both allowed."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        bound = "" if low == -math.inf else f" >= {low}" if high == math.inf else f" >= {low} and <= {high}"
-        raise ValueError(f"{name} must be an int{bound}, got {value!r}")

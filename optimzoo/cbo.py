@@ -46,7 +46,7 @@ from optimzoo.consensus import (
     survivors,
     weights,
 )
-from optimzoo.optimizer import Group, check_flags, check_number, load_state, warn
+from optimzoo.optimizer import Group, check_choice, check_flags, check_int, check_number, load_state, warn
 
 # What the settings may be: lower bound, upper bound (excluded), how to say it.
 _TINY = math.nextafter(0.0, 1.0)
@@ -359,18 +359,12 @@ class CBO(Optimizer):
             value = group[name]
             if value is None and name in ("particle_batch", "patience"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
-            if not least_count <= value < 2**63:
-                bound = f"at least {least_count}" if value < least_count else "below 2**63"
-                raise ValueError(f"{name} must be {bound}, got {value}")
+            check_int(name, value, least_count, 2**63 - 1)
         for name, choices in _CHOICES.items():
-            if group[name] not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {group[name]!r}")
+            check_choice(name, group[name], choices)
         check_flags(group, "kernel_alpha", "evaluate_consensus")
         seed, betas = group["seed"], group["betas"]
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+        check_int("seed", seed, 0, 2**63 - 1)
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for beta in betas:
@@ -909,8 +903,7 @@ class CBO(Optimizer):
         if not needs <= state.keys():
             raise ValueError(f"the state of {owner} lacks {', '.join(sorted(needs - state.keys()))}")
         for name in _NUMBERS:
-            if not isinstance(state[name], int) or isinstance(state[name], bool) or state[name] < 0:
-                raise ValueError(f"{name} of {owner} must be a whole number >= 0, got {state[name]!r}")
+            check_int(f"{name} of {owner}", state[name], 0)
         sizes = dict(runs=options["n_runs"], coordinates=sum(self._sizes))
         for name in (name for name in _SHAPES if name in needs):
             value, shape = state[name], tuple(getattr(state[name], "shape", ()))

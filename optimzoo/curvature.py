@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from optimzoo.closure import check_loss
-from optimzoo.optimizer import check_number, local
+from optimzoo.optimizer import check_int, check_number, local
 
 Closure: TypeAlias = Callable[[], Any]
 
@@ -374,7 +374,7 @@ def lanczos(
 
     The run ends early where the products so far span an invariant subspace: the values are then exact.
     """
-    check_count("iterations", iterations)
+    check_int("iterations", iterations, 1)
     check_number("tol", tol, 0.0, math.inf, "finite and >= 0")
     size = operator.shape[0]
     if start is None:
@@ -429,7 +429,7 @@ def quadrature(
     operator: Operator, iterations: int = 20, starts: int = 1, *, seed: int = 0, tol: float = 0.0
 ) -> Spectrum:
     """Stochastic Lanczos quadrature: the nodes and weights of ``starts`` runs from random vectors, as one spectrum."""
-    check_count("starts", starts)
+    check_int("starts", starts, 1)
     runs = [lanczos(operator, iterations, seed=seed + i, tol=tol) for i in range(starts)]
     values, weights, errors = (torch.cat(column) for column in list(zip(*runs, strict=True))[:3])
     order = values.argsort(descending=True, stable=True)
@@ -445,8 +445,8 @@ def noise(operators: Sequence[Operator], samples: int, *, starts: int = 1, seed:
         starts: random vectors to average over.
         seed: of the vectors.
     """
-    check_count("samples", samples)
-    check_count("starts", starts)
+    check_int("samples", samples, 1)
+    check_int("starts", starts, 1)
     if len(operators) < 2:
         raise ValueError(f"operators must be of two or more batches, got {len(operators)}")
     total = 0.0
@@ -456,9 +456,3 @@ def noise(operators: Sequence[Operator], samples: int, *, starts: int = 1, seed:
         v = (v / v.norm()).to(operators[0].device, operators[0].dtype)
         total += float(torch.stack([operator @ v for operator in operators]).var(0).sum())
     return samples * total / starts
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise unless a number is whole and at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimzoo.optimizer import check_number
+from optimzoo.optimizer import check_int, check_number
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ class GeometricBrownian:
         _check_tensors(x=x)
         _check_values("x", x)
         for name, count in (("steps", steps), ("repeats", repeats)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
+            check_int(name, count, 1)
         if delta is None:
             delta = 1 / (steps * repeats)
         check_number("delta", delta, 0.0, math.inf, "finite and > 0", above=True)

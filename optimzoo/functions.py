@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimzoo.optimizer import check_number
+from optimzoo.optimizer import check_int, check_number
 from optimzoo.random import normal
 
 _PART = 2**16
@@ -366,8 +366,7 @@ def scene(name: str, dim: int | None = None) -> Scene:
         tensors = [torch.tensor(part, dtype=torch.float64) for part in (entry.minima, entry.box, entry.start)]
         return Scene(name, entry.value, tensors[0], entry.least, tensors[1], tensors[2], entry.steps)
     dim = 2 if dim is None else dim
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < entry.fewest:
-        raise ValueError(f"dim of the scene {name!r} must be a whole number >= {entry.fewest}, got {dim!r}")
+    check_int(f"dim of the scene {name!r}", dim, entry.fewest)
     minima = torch.full((1, dim), entry.minimum, dtype=torch.float64)
     start = torch.tensor(entry.start, dtype=torch.float64).repeat(dim)[:dim]
     box = torch.tensor([entry.box], dtype=torch.float64).expand(dim, 2).clone()

@@ -21,12 +21,11 @@ from optimzoo.curvature import (
     Hessian,
     Preconditioned,
     Spectrum,
-    check_count,
     check_params,
     gradients_kept,
     quadrature,
 )
-from optimzoo.optimizer import check_flags, check_number, warn
+from optimzoo.optimizer import check_flags, check_int, check_number, warn
 from optimzoo.stability import heavy_ball, stability_bound
 
 Group: TypeAlias = dict[str, Any]
@@ -134,7 +133,7 @@ class LanczosLR(LRScheduler):
         process_group: Any = None,
     ) -> None:
         for name, count in (("every", every), ("iterations", iterations), ("starts", starts)):
-            check_count(name, count)
+            check_int(name, count, 1)
         for name, value, known in (
             ("curvature", curvature, ("hessian", "ggn")),
             ("rule", rule, ("spectrum", "line")),
@@ -162,8 +161,7 @@ class LanczosLR(LRScheduler):
         if schedule is not None and not callable(schedule):
             raise TypeError(f"schedule must be a function of the number of steps or None, got {schedule!r}")
         check_flags({"per_group": per_group}, "per_group")
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**62:
-            raise ValueError(f"seed must be a whole number in [0, 2**62), got {seed!r}")
+        check_int("seed", seed, 0, 2**62 - 1)
         if module is not None and not isinstance(module, torch.nn.Module):
             raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
         if process_group is not None and not (

@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias, cast, overload
@@ -686,8 +686,7 @@ class Elementwise(Tensorwise):
             raise ValueError(f"state_dtype must be torch.bfloat16 or None, got {dtype!r}{why}")
         if rounding not in _ROUNDINGS:
             raise ValueError(f"rounding must be one of {_ROUNDINGS}, got {rounding!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
+        check_int("seed", seed, 0, 2**63 - 1)
         if group["differentiable"] and (dtype or rounding == "stochastic"):
             raise ValueError("differentiable=True goes with neither state_dtype nor rounding='stochastic'")
         for index, param in enumerate(group["params"]):
@@ -1075,3 +1074,18 @@ def check_number(name: str, value: Any, low: float, high: float, allowed: str, a
     number = float(value)
     if not low <= number < high or (above and value == low):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_int(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise unless a value is a whole number from ``low`` to ``high``, both allowed."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        last = f"2**{high.bit_length()} - 1" if isinstance(high, int) and high > 2**32 else high
+        allowed = "" if low == -math.inf else f" >= {low}" if high == math.inf else f" from {low} to {last}"
+        raise ValueError(f"{name} must be a whole number{allowed}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise unless a value is one of those that are known."""
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

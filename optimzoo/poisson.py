@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from optimzoo.batch_sampler import check_entries, check_int
-from optimzoo.optimizer import check_number
+from optimzoo.batch_sampler import check_entries
+from optimzoo.optimizer import check_int, check_number
 
 _HAS_DISTRIBUTED = torch.distributed.is_available()
 if _HAS_DISTRIBUTED:
@@ -69,13 +69,13 @@ class PoissonSampler(Sampler[list[int]]):
         if not isinstance(data_source, int) and not hasattr(data_source, "__len__"):
             raise TypeError(f"data_source must have a length or be one, got {type(data_source).__name__}")
         length = data_source if isinstance(data_source, int) else len(data_source)
-        check_int("data_source", length, 0, math.inf)
+        check_int("data_source", length, 0)
         check_number("sample_rate", sample_rate, 0.0, math.nextafter(1.0, 2.0), "in (0, 1]", above=True)
-        check_int("steps", steps, 1, math.inf)
+        check_int("steps", steps, 1)
         grouped = _HAS_DISTRIBUTED and dist.is_initialized()
         self.num_replicas = num_replicas if num_replicas is not None else dist.get_world_size() if grouped else 1
         self.rank = rank if rank is not None else dist.get_rank() if grouped else 0
-        check_int("num_replicas", self.num_replicas, 1, math.inf)
+        check_int("num_replicas", self.num_replicas, 1)
         check_int("rank", self.rank, 0, self.num_replicas - 1)
         self.length, self.sample_rate, self.steps = length, float(sample_rate), steps
         self._step = 0
@@ -88,7 +88,7 @@ class PoissonSampler(Sampler[list[int]]):
 
     @step.setter
     def step(self, value: int) -> None:
-        check_int("step", value, 0, math.inf)
+        check_int("step", value, 0)
         self._step = value
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class PoissonSampler(Sampler[list[int]]):
         check_entries(state_dict, ("step", "sample_rate"))
         if state_dict["sample_rate"] != self.sample_rate:
             raise ValueError(f"the state has sample_rate={state_dict['sample_rate']!r}, this {self.sample_rate!r}")
-        check_int("step", state_dict["step"], 0, math.inf)
+        check_int("step", state_dict["step"], 0)
         key = state_dict.get("key")
         try:
             read = os.urandom(32) if key is None else bytes.fromhex(key)

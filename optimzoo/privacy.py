@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from optimzoo import random
-from optimzoo.batch_sampler import check_int
-from optimzoo.optimizer import check_number
+from optimzoo.optimizer import check_int, check_number
 
 _ABOVE_ONE = math.nextafter(1.0, 2.0)  # so that 1 is allowed
 _ACCOUNTANTS = ("pld", "rdp")
@@ -399,7 +398,7 @@ class SecureNoise:
     """
 
     def __init__(self, draws: int = 1) -> None:
-        check_int("draws", draws, 1, math.inf)
+        check_int("draws", draws, 1)
         self.draws = draws
         self._ciphers = _library("cryptography.hazmat.primitives.ciphers")
 

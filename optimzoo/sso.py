@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from optimzoo.optimizer import Group, check_form, check_number, local, sum_of_products, warn
+from optimzoo.optimizer import Group, check_form, check_int, check_number, local, sum_of_products, warn
 
 Targets: TypeAlias = Tensor | tuple[Tensor, ...]
 Closure: TypeAlias = Callable[[], tuple[Targets, Callable[[Any], Tensor] | Tensor]]
@@ -220,10 +220,7 @@ class SSO(Optimizer):
     ) -> None:
         if inner != "armijo" and not callable(inner):
             raise TypeError(f'inner must be "armijo" or a function that makes an optimizer, got {inner!r}')
-        if not isinstance(inner_steps, int) or isinstance(inner_steps, bool):
-            raise TypeError(f"inner_steps must be a whole number, got {inner_steps!r}")
-        if inner_steps < 1:
-            raise ValueError(f"inner_steps must be at least 1, got {inner_steps}")
+        check_int("inner_steps", inner_steps, 1)
         if divergence not in ("euclidean", "kl") and not callable(divergence):
             raise ValueError(f"divergence must be 'euclidean', 'kl' or a function, got {divergence!r}")
         for name, value, allowed in (

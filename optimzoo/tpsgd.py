@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from optimzoo import random
 from optimzoo.adagrad import AdaGradNorm
-from optimzoo.optimizer import check_flags, check_form, check_number
+from optimzoo.optimizer import check_flags, check_form, check_int, check_number
 
 _LAYERS = (nn.Linear, nn.Bilinear, conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
 # They have parameters and no target of their own: they are trained with the layer before them, or after them.
@@ -183,8 +183,8 @@ class TPSGD(Optimizer):
         if (num_classes is None) == (target_dim is None):
             raise ValueError(f"give num_classes or target_dim, got {num_classes!r} and {target_dim!r}")
         for name, count in dict(num_classes=num_classes, target_dim=target_dim).items():
-            if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
+            if count is not None:
+                check_int(name, count, 1)
         choices = dict(local_loss=(local_loss, _LOSSES), projection=(projection, tuple(PROJECTIONS)))
         for name, (value, known) in choices.items():
             if not callable(value) and value not in known:
@@ -195,7 +195,7 @@ class TPSGD(Optimizer):
                     "bptt", "update_in_forward", "store_projections")  # fmt: skip
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        _check_seed(seed)
+        check_int("seed", seed, 0, 2**63 - 1)
         takes = inspect.signature(base.step).parameters.get("closure") if hasattr(base, "step") else None
         if not isinstance(base, type) or not issubclass(base, Optimizer) or not takes or takes.default is takes.empty:
             raise TypeError(f"base must be a class of optimizers that step without a closure, got {base!r}")
@@ -732,16 +732,11 @@ class TPSGD(Optimizer):
             if "projection_seed" not in group:
                 raise ValueError("the state dict is not one of TPSGD: its groups have no projection_seed")
             check_number("lr", group.get("lr"), 0.0, math.inf, "finite and >= 0")
-            _check_seed(group["projection_seed"])
+            check_int("seed", group["projection_seed"], 0, 2**63 - 1)
         self.base.load_state_dict(state_dict)
         self._share()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def _unwrapped(model: Any) -> tuple[Any, Any]:

@@ -203,16 +203,16 @@ def test_the_seed_is_drawn_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_size=0), "batch_size must be an int >= 1 and <= 20, got 0"),
-        (dict(batch_size=2.0), "batch_size must be an int"),
-        (dict(batch_size=True), "batch_size must be an int"),
-        (dict(batch_size=8, max_batch_size=7), "batch_size must be an int >= 1 and <= 7, got 8"),
-        (dict(batch_size=8, max_batch_size=21), "max_batch_size must be an int >= 1 and <= 20, got 21"),
-        (dict(batch_size=8, max_micro_batch_size=0), "max_micro_batch_size must be an int >= 1, got 0"),
-        (dict(batch_size=8, min_accumulation_steps=0), "min_accumulation_steps must be an int >= 1, got 0"),
+        (dict(batch_size=0), "batch_size must be a whole number from 1 to 20, got 0"),
+        (dict(batch_size=2.0), "batch_size must be a whole number"),
+        (dict(batch_size=True), "batch_size must be a whole number"),
+        (dict(batch_size=8, max_batch_size=7), "batch_size must be a whole number from 1 to 7, got 8"),
+        (dict(batch_size=8, max_batch_size=21), "max_batch_size must be a whole number from 1 to 20, got 21"),
+        (dict(batch_size=8, max_micro_batch_size=0), "max_micro_batch_size must be a whole number >= 1, got 0"),
+        (dict(batch_size=8, min_accumulation_steps=0), "min_accumulation_steps must be a whole number >= 1, got 0"),
         (dict(batch_size=3, min_accumulation_steps=4), "batch_size=3 has no sample for each of 4 micro-batches of"),
-        (dict(batch_size=8, num_replicas=2, rank=2), "rank must be an int >= 0 and <= 1, got 2"),
-        (dict(batch_size=1, num_replicas=2, rank=0), "batch_size must be an int >= 2 and <= 20, got 1"),
+        (dict(batch_size=8, num_replicas=2, rank=2), "rank must be a whole number from 0 to 1, got 2"),
+        (dict(batch_size=1, num_replicas=2, rank=0), "batch_size must be a whole number from 2 to 20, got 1"),
         (dict(batch_size=5, num_replicas=2, rank=0, max_micro_batch_size=1), "5 has no sample for each of 3"),
     ],
 )  # fmt: skip
@@ -234,13 +234,13 @@ def test_wrong_use_is_named():
     sampler = sampler_of(20, 4)
     with pytest.raises(RuntimeError, match="no batch has been drawn from the sampler since the last step"):
         sampler.advance()
-    with pytest.raises(ValueError, match="epoch must be an int >= 0, got -1"):
+    with pytest.raises(ValueError, match="epoch must be a whole number >= 0, got -1"):
         sampler.set_epoch(-1)
     with pytest.raises(ValueError, match="the state is of a dataset of length 20, this has 21"):
         sampler_of(21, 4).load_state_dict(sampler.state_dict())
     small = sampler_of(20, 2, max_batch_size=3)
     before = small.state_dict()
-    with pytest.raises(ValueError, match="batch_size must be an int >= 1 and <= 3, got 4"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number from 1 to 3, got 4"):
         small.load_state_dict(sampler.state_dict())
     assert small.state_dict() == before
 
@@ -288,13 +288,13 @@ def test_an_epoch_that_ended_while_the_size_was_larger_is_over():
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (dict(position=-1), "position must be an int >= 0 and <= 20, got -1"),
-        (dict(position=900), "position must be an int >= 0 and <= 20, got 900"),
-        (dict(planned=[0]), "batch_size must be an int >= 1 and <= 20, got 0"),
-        (dict(planned=[99]), "batch_size must be an int >= 1 and <= 20, got 99"),
+        (dict(position=-1), "position must be a whole number from 0 to 20, got -1"),
+        (dict(position=900), "position must be a whole number from 0 to 20, got 900"),
+        (dict(planned=[0]), "batch_size must be a whole number from 1 to 20, got 0"),
+        (dict(planned=[99]), "batch_size must be a whole number from 1 to 20, got 99"),
         (dict(planned=None), "planned must be a list of batch sizes, got None"),
-        (dict(epoch="a"), "epoch must be an int >= 0, got 'a'"),
-        (dict(seed=None), "seed must be an int, got None"),
+        (dict(epoch="a"), "epoch must be a whole number >= 0, got 'a'"),
+        (dict(seed=None), "seed must be a whole number, got None"),
     ],
 )
 def test_a_state_out_of_range_changes_nothing(entry, message):

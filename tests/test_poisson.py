@@ -191,8 +191,8 @@ def test_manual_seed_has_no_say_and_is_not_disturbed():
     ("change", "message"),
     [
         (dict(sample_rate=0.2), r"the state has sample_rate=0.2, this 0.5"),
-        (dict(step=-1), "step must be an int >= 0, got -1"),
-        (dict(step=1.0), "step must be an int >= 0, got 1.0"),
+        (dict(step=-1), "step must be a whole number >= 0, got -1"),
+        (dict(step=1.0), "step must be a whole number >= 0, got 1.0"),
         (dict(key="00"), "key must be 64 hexadecimal digits$"),
         (dict(key="xy" * 32), "key must be 64 hexadecimal digits$"),
         (dict(key=7), "key must be 64 hexadecimal digits$"),
@@ -213,14 +213,14 @@ def test_a_wrong_state_changes_nothing(change, message):
     ("arguments", "error", "message"),
     [
         ((iter([1]), 0.5, 1), TypeError, "data_source must have a length or be one, got list_iterator"),
-        ((-1, 0.5, 1), ValueError, "data_source must be an int >= 0, got -1"),
-        ((True, 0.5, 1), ValueError, "data_source must be an int >= 0, got True"),
+        ((-1, 0.5, 1), ValueError, "data_source must be a whole number >= 0, got -1"),
+        ((True, 0.5, 1), ValueError, "data_source must be a whole number >= 0, got True"),
         ((5, 0.0, 1), ValueError, r"sample_rate must be in \(0, 1\], got 0.0"),
         ((5, 1.5, 1), ValueError, r"sample_rate must be in \(0, 1\], got 1.5"),
         ((5, float("nan"), 1), ValueError, r"sample_rate must be in \(0, 1\], got nan"),
         ((5, "0.1", 1), TypeError, r"sample_rate must be a number in \(0, 1\], got '0.1'"),
-        ((5, 0.5, 0), ValueError, "steps must be an int >= 1, got 0"),
-        ((5, 0.5, 2.0), ValueError, "steps must be an int >= 1, got 2.0"),
+        ((5, 0.5, 0), ValueError, "steps must be a whole number >= 1, got 0"),
+        ((5, 0.5, 2.0), ValueError, "steps must be a whole number >= 1, got 2.0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):
@@ -229,13 +229,13 @@ def test_wrong_arguments_are_named(arguments, error, message):
 
 
 def test_wrong_options_are_named():
-    with pytest.raises(ValueError, match="num_replicas must be an int >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_replicas must be a whole number >= 1, got 0"):
         PoissonSampler(5, 0.5, 1, num_replicas=0)
-    with pytest.raises(ValueError, match="rank must be an int >= 0 and <= 1, got 2"):
+    with pytest.raises(ValueError, match="rank must be a whole number from 0 to 1, got 2"):
         PoissonSampler(5, 0.5, 1, num_replicas=2, rank=2)
     with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got int"):
         PoissonSampler(5, 0.5, 1, generator=3)
-    with pytest.raises(ValueError, match="step must be an int >= 0, got -1"):
+    with pytest.raises(ValueError, match="step must be a whole number >= 0, got -1"):
         PoissonSampler(5, 0.5, 1).step = -1
 
 

@@ -551,5 +551,5 @@ def test_secure_noise_is_box_muller_of_the_cipher_with_a_key_for_each_draw(monke
 
 def test_wrong_draws_are_named():
     for draws in (0, 1.5, True):
-        with pytest.raises(ValueError, match=r"draws must be an int >= 1, got"):
+        with pytest.raises(ValueError, match=r"draws must be a whole number >= 1, got"):
             SecureNoise(draws=draws)
