@@ -6,6 +6,8 @@ VENV ?= .venv
 ABI_VENV ?= .venv-abi
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
+# A process for each core.
+PARALLEL := -n auto --dist worksteal
 
 .PHONY: bench test test-integrations test-abi test-sanitize lint format docs wheel step clean
 
@@ -16,7 +18,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m bench report runs --html runs/report.html
 
 test: $(VENV)/ready
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(PARALLEL)
 
 test-integrations: $(VENV)/integrations
 	$(BIN)/pytest -q tests/integrations
@@ -42,7 +44,7 @@ test-sanitize: $(VENV)/ready
 	  from optimzoo import _build; subprocess.run(_build._commands(_build.Path('optimzoo'))[0], check=True)"
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ../../$(BIN)/python -m pytest -q --hypothesis-profile quick tests/test_native.py tests/test_schemas.py \
+	  ../../$(BIN)/python -m pytest -q $(PARALLEL) --hypothesis-profile quick tests/test_native.py tests/test_schemas.py \
 	  tests/test_random.py tests/test_reference.py tests/test_laws.py
 
 lint: $(VENV)/ready
