@@ -168,12 +168,10 @@ def middle(values: list[float], digits: int) -> str:
 
 def plot(runs: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
     """Batch size over the samples processed, a panel a task, a line a seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(runs), figsize=(11, 3.8), layout="constrained", squeeze=False)
+    figure = Figure((11, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(runs), squeeze=False)
     styles = {"constant, small": ("#777777", ":"), "constant, large": ("#777777", "--")}
     styles |= {"ramp, doubled": ("#D55E00", "-")}
     styles |= {"adaptive, eta 0.5": ("#0072B2", "-"), "adaptive, eta 1": ("#009E73", "-")}

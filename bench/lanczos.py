@@ -198,8 +198,10 @@ def laws(model: nn.Module, data: Batch, count: int, seed: int = 0) -> str:
 
 def plot_density(spectra: dict[str, Spectrum], file: Path) -> None:
     """Densities on a logarithmic axis, a panel each."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(spectra), figsize=(10, 3.6), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(spectra))
     for axis, (name, spectrum) in zip(axes, spectra.items(), strict=True):
         low, high = float(spectrum.values[-1]), float(spectrum.values[0])
         sigma = (high - low) / 150
@@ -213,9 +215,11 @@ def plot_density(spectra: dict[str, Spectrum], file: Path) -> None:
 
 def plot_rates(traces: dict[str, list[Record]], file: Path) -> None:
     """The learnt rate, and the edges of stability at each look, over the steps of the first seed."""
-    plt = pyplot()
+    from matplotlib.figure import Figure
+
     names = [name for name in PICTURED if name in traces] or list(traces)[:1]
-    figure, axes = plt.subplots(1, len(names), figsize=(10, 3.8), layout="constrained", squeeze=False)
+    figure = Figure((10, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         steps, tops, rates, momenta = zip(*traces[name][0]["trace"], strict=True)
         positive = [max(top, 1e-3) for top in tops]
@@ -229,16 +233,6 @@ def plot_rates(traces: dict[str, list[Record]], file: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     figure.savefig(file, dpi=90)
-
-
-def pyplot() -> Any:
-    """Matplotlib without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,9 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from scipy.special import log_ndtr
 
@@ -46,42 +48,70 @@ def attack(noise: float, clip: float, error: float, rate: float, steps: int, del
     return best
 
 
-def rows(ratios: Sequence[float], target: float, delta: float, rate: float, steps: int) -> list[list[str]]:
-    """One row for each ratio of the error's bound and the gradient's."""
-    plain = noise_std_for(target, delta, max_grad_norm=CLIP, sample_rate=rate, steps=steps)
-    quick = noise_std_for(target, delta, max_grad_norm=CLIP, sample_rate=rate, steps=steps, accountant="rdp")
-    found = []
+@dataclass(frozen=True)
+class Point:
+    """What one ratio of the error's bound and the gradient's costs."""
+
+    ratio: float
+    rdp: float  # the noise that is needed, by either accountant
+    pld: float
+    shown: float  # the attack's epsilon at the latter
+    code: float  # the noise that the authors' code has
+    broken: float  # the attack's epsilon at that
+    claimed: float  # the theorem's epsilon at that
+
+
+def points(ratios: Sequence[float], target: float, delta: float, rate: float, steps: int) -> list[Point]:
+    """One for each ratio."""
+
+    def needed(accountant: str, error: float) -> float:
+        return noise_std_for(target, delta, max_grad_norm=CLIP, error_norm_sum=error, sample_rate=rate, steps=steps,
+                             accountant=accountant)  # fmt: skip
+
+    plain, found = needed("rdp", 0.0), []
     for ratio in ratios:
         error = ratio * CLIP
-        needed = {
-            accountant: noise_std_for(
-                target,
-                delta,
-                max_grad_norm=CLIP,
-                error_norm_sum=error,
-                sample_rate=rate,
-                steps=steps,
-                accountant=accountant,
-            )
-            for accountant in ("rdp", "pld")
-        }
-        theirs = quick * math.sqrt(1 + 2 * ratio)  # as the authors' code sets it
-        claimed = epsilon([Segment(steps, theirs, CLIP, error, rate)], delta)
-        broken = attack(theirs, CLIP, error, rate, steps, delta)
-        ours = attack(needed["pld"], CLIP, error, rate, steps, delta)
-        found.append(
-            [
-                f"{ratio:g}",
-                f"{needed['rdp']:.4g}",
-                f"{needed['pld']:.4g}",
-                f"{needed['pld'] / plain:.3g}",
-                f"{ours:.2f}",
-                f"{theirs:.3g}",
-                f"{broken:.3g}",
-                f"{claimed:.4g}",
-            ]
-        )
+        code = plain * math.sqrt(1 + 2 * ratio)  # as the authors' code sets it
+        pld = needed("pld", error)
+        shown, broken = (attack(noise, CLIP, error, rate, steps, delta) for noise in (pld, code))
+        claimed = epsilon([Segment(steps, code, CLIP, error, rate)], delta)
+        found.append(Point(ratio, needed("rdp", error), pld, shown, code, broken, claimed))
     return found
+
+
+def rows(found: Sequence[Point]) -> list[list[str]]:
+    """The table, one row for each ratio; the first ratio is 0."""
+    return [
+        [
+            f"{one.ratio:g}", f"{one.rdp:.4g}", f"{one.pld:.4g}", f"{one.pld / found[0].pld:.3g}", f"{one.shown:.2f}",
+            f"{one.code:.3g}", f"{one.broken:.3g}", f"{one.claimed:.4g}",
+        ]
+        for one in found
+    ]  # fmt: skip
+
+
+def plot(found: Sequence[Point], target: float, file: Path) -> None:
+    """The noise over the ratio, and what the noise of the authors' code is worth."""
+    from matplotlib.figure import Figure
+
+    found = found[1:]  # the axis is logarithmic
+    ratios = [one.ratio for one in found]
+    figure = Figure((10, 3.8), layout="constrained")
+    noise, worth = figure.subplots(1, 2)
+    noise.plot(ratios, [one.pld for one in found], "o-", color="#0072B2", markersize=4, label="theorem")
+    noise.plot(ratios, [one.code for one in found], "s--", color="#D55E00", markersize=4, label="authors' code")
+    noise.set(title=f"Noise for epsilon {target:g}", ylabel="noise on the sum, in C1")
+    above, below = [one.claimed for one in found], [one.broken for one in found]
+    worth.plot(ratios, above, "o-", color="#0072B2", markersize=4, label="theorem: no more than")
+    worth.plot(ratios, below, "^:", color="#009E73", markersize=4, label="attack: no less than")
+    worth.fill_between(ratios, below, above, color="#0072B2", alpha=0.12)
+    worth.axhline(target, linestyle="--", color="#D55E00", label="claimed")
+    worth.set(title="Epsilon at the noise of the code", ylabel="epsilon")
+    for axis in (noise, worth):
+        axis.set(xscale="log", yscale="log", xlabel="bound of the error, C2 / C1")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    figure.savefig(file, dpi=90)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,11 +123,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--sample-rate", type=float, default=0.02, help="default: 0.02")
     add("--steps", type=int, default=150, help="default: 150")
     add("--quick", action="store_true", help="two rows, to see that all of it runs")
+    add("--plot", type=Path, metavar="FILE", help="write a picture there")
     args = parser.parse_args(argv)
     head = ["C2 / C1", "noise, RDP", "noise, PLD", "of DP-SGD's", "attack shows",
             "code's noise", "attack shows", "theorem"]  # fmt: skip
     ratios = (0.0, 1.0) if args.quick else RATIOS
-    print(table(head, rows(ratios, args.epsilon, args.delta, args.sample_rate, args.steps)))
+    found = points(ratios, args.epsilon, args.delta, args.sample_rate, args.steps)
+    print(table(head, rows(found)))
+    if args.plot:
+        plot(found, args.epsilon, args.plot)
     arguments = sys.argv[1:] if argv is None else argv
     print(
         f"\nNoise on the sum, in units of C1, for epsilon {args.epsilon:g} at delta {args.delta:g}, sample rate"

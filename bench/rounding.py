@@ -154,12 +154,10 @@ def to_markdown(results: dict[tuple[str, str], list[Record]], seeds: int) -> str
 
 def plot(results: dict[tuple[str, str], list[Record]], file: Path) -> None:
     """Mean training loss over the epochs, a panel a method; bands are one standard deviation over the seeds."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(LRS), figsize=(11, 4), sharey=True, layout="constrained")
+    figure = Figure((11, 4), layout="constrained")
+    axes = figure.subplots(1, len(LRS), sharey=True)
     styles = ["-", "--", ":", "-", "-.", "--", "-"]
     colours = ["#000000", "#777777", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
     for axis, name in zip(axes, LRS, strict=True):

@@ -418,6 +418,30 @@ def costs(results: Results, run: bool) -> str:
     return table([*head, *(f"time, {name}" for name in list(STEPS)[1:])], rows)
 
 
+def plot(results: Results, file: Path) -> None:
+    """Peak memory over the depth of a chain."""
+    from matplotlib.figure import Figure
+
+    depths = {int(net.split()[1]): net for net in COSTS if net.endswith("x 512")}
+    records = [results.get(("cost", cost, dict(net=net)), run=True) for net in depths.values()]
+    figure = Figure((6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
+    styles = {
+        "back-propagation": ("#777777", "s--"),
+        "TPSGD": ("#D55E00", "o:"),
+        "TPSGD, in forward": ("#0072B2", "o-"),
+    }
+    for name, (colour, style) in styles.items():
+        peaks = [record["peak"][name] / 2**20 for record in records]
+        axis.plot(list(depths), peaks, style, color=colour, markersize=4, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="layers of 512", ylabel="peak MiB beyond weights", ylim=(0.7, None))
+    axis.set_xticks(list(depths), [str(depth) for depth in depths])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    figure.savefig(file, dpi=90)
+
+
 EXPERIMENTS = ("evidence", "depth", "cost", "vgg")
 
 
@@ -428,6 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("experiments", nargs="*", default=[], help=f"which to run: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="the folder of the results; default: runs")
     parser.add_argument("--data-root", type=Path, help="where CIFAR-10's binary version lies, for vgg")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the memory by depth as a picture")
     args = parser.parse_args(argv)
     if unknown := set(args.experiments) - {*EXPERIMENTS}:
         parser.error(f"no experiment called {', '.join(sorted(unknown))}")
@@ -441,6 +466,8 @@ def main(argv: list[str] | None = None) -> int:
         accuracies(results, NETS, "evidence" in args.experiments),
         accuracies(results, DEPTHS, "depth" in args.experiments),
     ]
+    if args.plot:
+        plot(results, args.plot)
     if args.data_root:
         ROOT[0] = args.data_root
         parts.append(accuracies(results, VGG, "vgg" in args.experiments))

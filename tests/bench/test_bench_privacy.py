@@ -1,6 +1,7 @@
 """The benchmark of the accountant: it runs, and its attack is one."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ import pytest
 from bench import privacy
 
 
-def test_it_runs_and_the_attack_refutes_the_code_and_not_the_theorem(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs_and_the_attack_refutes_the_code_and_not_the_theorem(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("dp_accounting")
-    assert privacy.main(["--quick"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert privacy.main(["--quick", "--plot", "noise.svg"]) == 0
+    assert "claimed" in Path("noise.svg").read_text()
     out = capsys.readouterr().out
     rows = [
         [float(cell) for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith(("| 0", "| 1"))
@@ -22,7 +27,7 @@ def test_it_runs_and_the_attack_refutes_the_code_and_not_the_theorem(capsys: pyt
         assert 0 < broken < theorem
         assert ratio >= 1
     assert rows[1][6] > 10  # with the code's noise the claim of 2 is false
-    assert "`python -m bench.privacy --quick`" in out
+    assert "`python -m bench.privacy --quick --plot noise.svg`" in out
 
 
 def test_the_attack_is_as_strong_as_a_simulation_says() -> None:

@@ -127,3 +127,16 @@ def test_the_rate_is_the_smallest_within_a_standard_error(tmp_path, monkeypatch)
     assert len(calls) == len(tpsgd.GRID) + 5
     assert tpsgd.trained(tpsgd.Results(tmp_path, "tpsgd"), "digits, CNN", "DRTP", run=False) == (lr, found)
     assert tpsgd.trained(results, "digits, CNN", "DFA", run=False) is None
+
+
+def test_the_picture_shows_the_memory_of_each_depth(tmp_path, monkeypatch):
+    measured = []
+
+    def cost(net):
+        measured.append(net)
+        return dict(peak=dict.fromkeys(tpsgd.STEPS, 2**20 * int(net.split()[1])), seconds={})
+
+    monkeypatch.setattr(tpsgd, "cost", cost)
+    tpsgd.plot(tpsgd.Results(tmp_path, "tpsgd"), tmp_path / "memory.svg")
+    assert [int(net.split()[1]) for net in measured] == [2, 4, 8, 16, 32]
+    assert "back-propagation" in (tmp_path / "memory.svg").read_text()
