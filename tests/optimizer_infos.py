@@ -294,7 +294,7 @@ infos: list[Info] = [
         train=by_value,
         errors=[
             (dict(lr=-0.1), ValueError, "lr must be"),
-            (dict(n_particles=1), ValueError, "n_particles must be at least 2, got 1"),
+            (dict(n_particles=1), ValueError, r"n_particles must be a whole number from 2 to 2\*\*63 - 1, got 1"),
             (dict(noise="white"), ValueError, "noise must be one of"),
         ],
         refuses={"sparse": "it takes no gradients", "complex": "its noise is that of real numbers"},
@@ -310,7 +310,7 @@ infos: list[Info] = [
         train=by_outputs,
         errors=[
             (dict(lr=0.0), ValueError, "lr must be"),
-            (dict(inner_steps=0), ValueError, "inner_steps must be at least 1, got 0"),
+            (dict(inner_steps=0), ValueError, "inner_steps must be a whole number >= 1, got 0"),
             (dict(inner="newton"), TypeError, 'inner must be "armijo" or a function'),
         ],
         refuses={"sparse": "its gradients are made within a step", "complex": "its outputs are real"},
