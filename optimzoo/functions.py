@@ -357,7 +357,7 @@ def scene(name: str, dim: int | None = None) -> Scene:
     """
     if name not in SCENES:
         near = difflib.get_close_matches(str(name), SCENES, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
         raise ValueError(f"there is no scene {name!r}{hint} Scenes: {', '.join(SCENES)}")
     entry = SCENES[name]
     if isinstance(entry, _Fixed):

@@ -326,7 +326,7 @@ def method(spec: str | Method | type | tuple[Any, Options]) -> Method:
         if spec.lower() == "tpsgd":
             raise ValueError("TPSGD needs layers and labels, and a scene has none")
         near = difflib.get_close_matches(spec.lower(), METHODS, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
         raise ValueError(
             f"there is no optimizer {spec!r}{hint} Optimizers: {', '.join(METHODS)}; others as package.module:Class"
         )

@@ -96,8 +96,9 @@ class Look(NamedTuple):
 
 
 def look(index: int) -> Look:
-    """The look of the method at a place."""
-    return Look(COLOURS[index % 8], DASHES[index % 8], MARKS[index % 8])
+    """The look of the method at a place; from the ninth on colours come again, with another style and mark."""
+    other = index + index // 8
+    return Look(COLOURS[index % 8], DASHES[other % 8], MARKS[other % 8])
 
 
 def _axes(ax: Axes | None, size: tuple[float, float] = (5.6, 4.6)) -> Axes:

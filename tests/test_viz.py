@@ -442,6 +442,7 @@ def test_lines_of_a_race_are_the_paths_and_told_apart_without_colour(beale):
     looks = [viz.look(i) for i in range(8)]
     assert len({look.mark for look in looks}) == len({look.colour for look in looks}) == 8
     assert len({(look.dashes, look.mark) for look in looks}) == 8
+    assert len({viz.look(i) for i in range(64)}) == 64
 
 
 def test_bands_are_the_quantiles_of_the_seeds():
