@@ -592,7 +592,7 @@ def runs(rows: Sequence[Mapping[str, Any]], task: str, ax: Axes | None = None, *
         ax.plot([r for r in rates for _ in at[r]], [v for r in rates for v in at[r]], ls="", marker=".", ms=4,
                 color=style.colour, alpha=0.5)  # fmt: skip
     ax.set_xscale("log")
-    ax.legend(fontsize=8, frameon=False, labelcolor=_INK)
+    ax.legend(fontsize=8, frameon=False, labelcolor=_INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # there are many
     return ax
 
 
